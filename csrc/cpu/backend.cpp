@@ -1,0 +1,383 @@
+// The verbs on the CPU, run one by one.
+#include "../runtime/backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "../runtime/workspace.h"
+#include "attend.h"
+#include "dense.h"
+#include "sample.h"
+
+namespace tlinformer {
+namespace cpu {
+namespace {
+
+struct Layer {
+  std::vector<float> attn_norm_weight, attn_norm_bias, mlp_norm_weight, mlp_norm_bias;
+  std::vector<float> qkv_bias, out_bias;
+  Matrix qkv, out, gate, up, down;
+};
+
+int default_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const Config& config, const Weights& weights, const CachePlan& plan, Arena arena,
+             const EngineOptions& options)
+      : c_(config),
+        plan_(plan),
+        arena_(static_cast<char*>(arena.data)),
+        dtype_(plan.options().dtype),
+        threads_(options.num_threads > 0 ? options.num_threads : default_threads()),
+        w_(Workspace::layout(config, plan.options(), plan.piece_rows())),
+        base_(reinterpret_cast<float*>(arena_ + plan.find("workspace")->offset)),
+        dense_(dtype_, threads_, base_ + w_.panel, w_.panel_rows),
+        attend_(config, dtype_, threads_, plan.options().batch_size, base_ + w_.normed,
+                base_ + w_.softmax) {
+    require(dtype_ != DType::float16,
+            "the CPU backend computes in float32 and bfloat16, not float16");
+    require(weights.dtype == dtype_, "the weights are ", name_of(weights.dtype),
+            ", the cache plan is ", name_of(dtype_), "; they must agree");
+    require(options.num_threads >= 0 && options.num_threads <= 4096, "num_threads = ",
+            options.num_threads, "; it must be 0 (all) to 4096");
+    touch(arena.bytes);
+    embed_ = {weights.embed_tokens, nullptr, c_.vocab_size, c_.hidden_size};
+    norm_weight_ = floats(weights.norm_weight, c_.hidden_size);
+    norm_bias_ = floats(weights.norm_bias, c_.hidden_size);
+    for (const LayerWeights& from : weights.layers) layers_.push_back(make_layer(from));
+    for (int64_t i = 0; i < c_.head_dim(); i += 2) {
+      const double exponent = static_cast<double>(i) / static_cast<double>(c_.head_dim());
+      frequencies_.push_back(std::pow(c_.rope_theta, -exponent));
+    }
+    queries_.reserve(static_cast<size_t>(plan.options().batch_size));
+  }
+
+  void run(const Stage& stage, const std::vector<Span>& spans,
+           const std::vector<const int32_t*>& tokens, const Poll& poll) override {
+    spans_ = &spans;
+    rows_ = 0;
+    for (const Span& span : spans) rows_ += span.rows;
+    if (rows_ == 0) return;
+    x_ = base_ + (stage.scope == Scope::window       ? w_.window
+                  : stage.scope == Scope::compressed ? w_.compressed
+                                                     : w_.history);
+    rope_table();
+    for (const Verb& verb : stage.verbs) {
+      switch (verb.kind) {
+        case Verb::Kind::embed:
+          embed(tokens);
+          break;
+        case Verb::Kind::load:
+          std::memcpy(x_, stream(), row_bytes(rows_));
+          break;
+        case Verb::Kind::store:
+          std::memcpy(stream(), x_, row_bytes(rows_));
+          break;
+        case Verb::Kind::keep:
+          keep();
+          break;
+        case Verb::Kind::project:
+          project(verb);
+          break;
+        case Verb::Kind::attend:
+          attend(verb, poll);
+          break;
+        case Verb::Kind::finish:
+          finish(layer(verb));
+          break;
+        case Verb::Kind::head:
+          head();
+          break;
+      }
+    }
+  }
+
+  const float* logits() const override { return base_ + w_.logits; }
+
+  int32_t sample(int64_t sequence, const SamplingParams& params, const uint8_t* seen,
+                 int64_t position) override {
+    return sampler_.draw(logits() + sequence * c_.vocab_size, c_.vocab_size, params, seen,
+                         sequence, position);
+  }
+
+ private:
+  // Every page now, by the threads that will use them: a step must not meet the page allocator.
+  void touch(int64_t bytes) {
+    constexpr int64_t kPage = 4096;
+#pragma omp parallel for num_threads(threads_) schedule(static)
+    for (int64_t i = 0; i < bytes; i += kPage) {
+      volatile char* page = arena_ + i;
+      *page = *page;
+    }
+  }
+
+  std::vector<float> floats(const void* from, int64_t n) const {
+    std::vector<float> to(static_cast<size_t>(n));
+    if (dtype_ == DType::bfloat16) {
+      kernels().b16.widen(static_cast<const bf16*>(from), n, to.data());
+    } else {
+      std::memcpy(to.data(), from, static_cast<size_t>(n) * sizeof(float));
+    }
+    return to;
+  }
+
+  Layer make_layer(const LayerWeights& from) const {
+    const int64_t d = c_.hidden_size, f = c_.intermediate_size;
+    const int64_t qkv = c_.query_dim() + 2 * c_.kv_dim();
+    Layer to;
+    to.attn_norm_weight = floats(from.attn_norm_weight, d);
+    to.attn_norm_bias = floats(from.attn_norm_bias, d);
+    to.mlp_norm_weight = floats(from.mlp_norm_weight, d);
+    to.mlp_norm_bias = floats(from.mlp_norm_bias, d);
+    to.qkv_bias = floats(from.qkv_proj_bias, qkv);
+    to.out_bias = floats(from.out_proj_bias, d);
+    to.qkv = {from.qkv_proj_weight, nullptr, qkv, d};
+    to.out = {from.out_proj_weight, nullptr, d, c_.query_dim()};
+    to.gate = {from.gate_proj_weight, nullptr, f, d};
+    to.up = {from.up_proj_weight, nullptr, f, d};
+    to.down = {from.down_proj_weight, nullptr, d, f};
+    return to;
+  }
+
+  const Layer& layer(const Verb& verb) const {
+    return layers_[static_cast<size_t>(verb.block * c_.block_depth + verb.layer)];
+  }
+  size_t row_bytes(int64_t rows) const {
+    return static_cast<size_t>(rows * c_.hidden_size) * sizeof(float);
+  }
+  // The stored stream serves one sequence at a time, from its position 0.
+  char* stream() const {
+    return arena_ + plan_.find("stream")->offset + row_bytes(spans_->front().begin);
+  }
+
+  // cos and sin of every row's angles. Positions reach millions: the angle and its reduction are
+  // float64, only the result is float32.
+  void rope_table() {
+    float* table = base_ + w_.rope;
+    const int64_t half = c_.head_dim() / 2;
+    for (const Span& span : *spans_) {
+#pragma omp parallel for num_threads(threads_) schedule(static) if (span.rows > 16)
+      for (int64_t row = 0; row < span.rows; ++row) {
+        float* to = table + row * c_.head_dim();
+        for (int64_t i = 0; i < half; ++i) {
+          const double angle =
+              static_cast<double>(span.begin + row) * frequencies_[static_cast<size_t>(i)];
+          to[2 * i] = static_cast<float>(std::cos(angle));
+          to[2 * i + 1] = static_cast<float>(std::sin(angle));
+        }
+      }
+      table += span.rows * c_.head_dim();
+    }
+  }
+
+  void rotate(const float* from, const float* angles, float scale, float* to) const {
+    for (int64_t i = 0; i < c_.head_dim(); i += 2) {
+      const float cosine = angles[i] * scale, sine = angles[i + 1] * scale;
+      const float even = from[i], odd = from[i + 1];
+      to[i] = even * cosine - odd * sine;
+      to[i + 1] = even * sine + odd * cosine;
+    }
+  }
+
+  void embed(const std::vector<const int32_t*>& tokens) {
+    float* to = x_;
+    for (size_t i = 0; i < spans_->size(); ++i) {
+      for (int64_t row = 0; row < (*spans_)[i].rows; ++row, to += c_.hidden_size) {
+        const int64_t offset = tokens[i][row] * c_.hidden_size;
+        if (dtype_ == DType::bfloat16) {
+          kernels().b16.widen(static_cast<const bf16*>(embed_.data) + offset, c_.hidden_size, to);
+        } else {
+          std::memcpy(to, static_cast<const float*>(embed_.data) + offset, row_bytes(1));
+        }
+      }
+    }
+  }
+
+  void keep() {
+    const Span& span = spans_->front();
+    const int64_t first = span.history - span.compressed;  // position of the stream's row 0
+    const int64_t skip = std::max<int64_t>(0, first - span.begin);
+    if (skip >= span.rows) return;
+    std::memcpy(base_ + w_.compressed + (span.begin + skip - first) * c_.hidden_size,
+                x_ + skip * c_.hidden_size, row_bytes(span.rows - skip));
+  }
+
+  void norm(const std::vector<float>& weight, const std::vector<float>& bias) {
+    float* to = base_ + w_.normed;
+#pragma omp parallel for num_threads(threads_) schedule(static) if (rows_ > 8)
+    for (int64_t row = 0; row < rows_; ++row) {
+      kernels().layer_norm(x_ + row * c_.hidden_size, weight.data(), bias.data(),
+                           static_cast<float>(c_.layer_norm_eps), c_.hidden_size,
+                           to + row * c_.hidden_size);
+    }
+  }
+
+  Keys keys_of(Cache cache, const Verb& verb, const Span& span) const {
+    const Slots slots = slots_of(plan_, cache, verb.block, verb.layer, span);
+    if (slots.count == 0) return {};
+    const int64_t element = size_of(dtype_);
+    const int64_t head_stride = slots.region->rows * c_.head_dim();
+    const char* k = arena_ + slots.region->offset +
+                    span.sequence * c_.num_key_value_heads * head_stride * element;
+    return {k,           k + slots.region->bytes / 2, head_stride, slots.first,
+            slots.count, cache == Cache::window};
+  }
+
+  void project(const Verb& verb) {
+    const Layer& layer = this->layer(verb);
+    norm(layer.attn_norm_weight, layer.attn_norm_bias);
+    const int64_t dq = c_.query_dim(), dkv = c_.kv_dim();
+    const int64_t begin = verb.queries ? 0 : dq;
+    const int64_t end = verb.writes ? dq + 2 * dkv : dq;
+    float* wide = base_ + w_.wide;
+    Matrix matrix = layer.qkv;
+    matrix.bias = layer.qkv_bias.data();
+    dense_(matrix, begin, end, base_ + w_.normed, rows_, false, wide, end - begin);
+    int64_t row = 0;
+    for (const Span& span : *spans_) {
+      const float* from = wide + row * (end - begin);
+      if (dtype_ == DType::bfloat16) {
+        place<bf16>(verb, span, row, from, end - begin);
+      } else {
+        place<float>(verb, span, row, from, end - begin);
+      }
+      row += span.rows;
+    }
+  }
+
+  // Rotates queries and keys; keys and values go to their cache.
+  template <class T>
+  void place(const Verb& verb, const Span& span, int64_t first_row, const float* from,
+             int64_t stride) {
+    const int64_t d = c_.head_dim(), dq = c_.query_dim(), dkv = c_.kv_dim();
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    Slots slots{};
+    Keys keys;
+    if (verb.writes) {
+      slots = slots_of(plan_, verb.keys_values, verb.block, verb.layer, span);
+      keys = keys_of(verb.keys_values, verb, span);
+    }
+#pragma omp parallel for num_threads(threads_) schedule(static) if (span.rows > 8)
+    for (int64_t i = 0; i < span.rows; ++i) {
+      const float* line = from + i * stride;
+      const float* angles = base_ + w_.rope + (first_row + i) * d;
+      if (verb.queries) {
+        float* q = base_ + w_.query + (first_row + i) * dq;
+        for (int64_t h = 0; h < dq; h += d) rotate(line + h, angles, scale, q + h);
+        line += dq;
+      }
+      if (!verb.writes) continue;
+      const int64_t slot = slots.slot(span.begin + i);
+      float rotated[kMaxHeadDim];
+      for (int64_t h = 0; h < c_.num_key_value_heads; ++h) {
+        const int64_t at = h * keys.head_stride + slot * d;
+        rotate(line + h * d, angles, 1.0f, rotated);
+        T* k = static_cast<T*>(const_cast<void*>(keys.k)) + at;
+        T* v = static_cast<T*>(const_cast<void*>(keys.v)) + at;
+        typed<T>(kernels()).narrow(rotated, d, k);
+        typed<T>(kernels()).narrow(line + dkv + h * d, d, v);
+      }
+    }
+  }
+
+  void attend(const Verb& verb, const Poll& poll) {
+    queries_.clear();
+    int64_t row = 0;
+    for (const Span& span : *spans_) {
+      Queries queries;
+      queries.q = base_ + w_.query + row * c_.query_dim();
+      queries.out = base_ + w_.output + row * c_.query_dim();
+      queries.rows = span.rows;
+      if (verb.causal) queries.keys[0] = keys_of(Cache::window, verb, span);
+      if (verb.reads_context) queries.keys[1] = keys_of(verb.context, verb, span);
+      queries_.push_back(queries);
+      row += span.rows;
+    }
+    if (rows_ == static_cast<int64_t>(queries_.size())) return attend_.one_row_each(queries_);
+    for (const Queries& queries : queries_) attend_.many_rows(queries, poll);
+  }
+
+  void finish(const Layer& layer) {
+    const int64_t f = c_.intermediate_size;
+    Matrix out = layer.out;
+    out.bias = layer.out_bias.data();
+    dense_(out, base_ + w_.output, rows_, true, x_);
+    norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
+    float* gate = base_ + w_.wide;
+    float* up = gate + rows_ * f;
+    dense_(layer.gate, base_ + w_.normed, rows_, false, gate);
+    dense_(layer.up, base_ + w_.normed, rows_, false, up);
+#pragma omp parallel for num_threads(threads_) schedule(static) if (rows_ > 8)
+    for (int64_t row = 0; row < rows_; ++row) {
+      kernels().silu_mul(gate + row * f, up + row * f, f);
+    }
+    dense_(layer.down, gate, rows_, true, x_);
+  }
+
+  void head() {
+    float* normed = base_ + w_.normed;
+    int64_t row = -1;
+    int64_t next = 0;
+    for (const Span& span : *spans_) {
+      row += span.rows;
+      kernels().layer_norm(x_ + row * c_.hidden_size, norm_weight_.data(), norm_bias_.data(),
+                           static_cast<float>(c_.layer_norm_eps), c_.hidden_size,
+                           normed + next++ * c_.hidden_size);
+    }
+    // Rows of the logits belong to sequences; consecutive ones share a pass over the matrix.
+    for (int64_t first = 0; first < next;) {
+      const int64_t sequence = (*spans_)[static_cast<size_t>(first)].sequence;
+      int64_t count = 1;
+      while (first + count < next &&
+             (*spans_)[static_cast<size_t>(first + count)].sequence == sequence + count) {
+        ++count;
+      }
+      dense_(embed_, normed + first * c_.hidden_size, count, false,
+             base_ + w_.logits + sequence * c_.vocab_size);
+      first += count;
+    }
+  }
+
+  const Config c_;
+  const CachePlan plan_;
+  char* arena_;
+  DType dtype_;
+  int threads_;
+  Workspace w_;
+  float* base_;
+  Dense dense_;
+  Attend attend_;
+  Sampler sampler_;
+  Matrix embed_;
+  std::vector<float> norm_weight_, norm_bias_;
+  std::vector<Layer> layers_;
+  std::vector<double> frequencies_;
+
+  const std::vector<Span>* spans_ = nullptr;  // of the run under way
+  std::vector<Queries> queries_;
+  float* x_ = nullptr;
+  int64_t rows_ = 0;
+};
+
+}  // namespace
+}  // namespace cpu
+
+std::unique_ptr<Backend> make_cpu_backend(const Config& config, const Weights& weights,
+                                          const CachePlan& plan, Arena arena,
+                                          const EngineOptions& options) {
+  return std::make_unique<cpu::CpuBackend>(config, weights, plan, arena, options);
+}
+
+}  // namespace tlinformer

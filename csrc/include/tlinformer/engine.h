@@ -1,0 +1,76 @@
+// The inference engine: prefill a prompt, push tokens one at a time, or let it generate.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "tlinformer/cache.h"
+#include "tlinformer/config.h"
+#include "tlinformer/error.h"
+#include "tlinformer/sampling.h"
+
+namespace tlinformer {
+
+struct Arena {  // caller-owned memory of at least CachePlan::total_bytes()
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+struct EngineOptions {
+  int num_threads = 0;  // of the CPU backend; 0: as many as OpenMP gives
+};
+
+struct EngineStats {
+  int64_t hits = 0;    // tokens that read the cache and left the history alone
+  int64_t slides = 0;  // recomputations of the compressed history, those of prefills included
+  int64_t prefill_tokens = 0;
+  int64_t rows_read = 0;  // key/value rows that hits attended to, summed over layers
+  int64_t cache_bytes = 0;
+  std::vector<int64_t> history_length;  // per sequence: tokens before the generation window
+  std::vector<int64_t> window_fill;     // per sequence: tokens in the generation window
+};
+
+using Tokens = std::vector<int32_t>;
+// Called between pieces of long work with the share done, in [0, 1]; return false to interrupt.
+using Progress = std::function<bool(double)>;
+// Called with each generated token; return false to stop generating.
+using TokenSink = std::function<bool(int64_t sequence, int32_t token)>;
+
+class Engine {
+ public:
+  Engine(const Config& config, const Weights& weights, const CachePlan& plan, Arena arena,
+         const EngineOptions& options = {});
+  ~Engine();
+  Engine(Engine&&) noexcept;
+  Engine& operator=(Engine&&) noexcept;
+
+  // Replaces what was cached by one prompt per sequence (1 <= prompts <= batch_size). On error or
+  // interruption the sequences are empty afterwards.
+  void prefill(const std::vector<Tokens>& prompts, const Progress& progress = {});
+
+  // Pushes one token onto every sequence.
+  void step(const Tokens& tokens, const Progress& progress = {});
+
+  // Draws and pushes up to max_new_tokens tokens on every sequence; a sequence ends early after a
+  // stop token. Every returned token is in the cache afterwards, so calls can follow one another.
+  std::vector<Tokens> generate(int64_t max_new_tokens, const SamplingParams& sampling,
+                               const TokenSink& sink = {}, const Progress& progress = {});
+
+  // Float32 logits of the token after the last one, (active sequences, V); valid until the next
+  // call that changes the engine. Requires a prefill.
+  const float* logits() const;
+
+  int64_t sequences() const;  // of the last prefill; 0 when empty
+  EngineStats stats() const;
+  void reset();  // forgets all sequences and counters
+  const Config& config() const;
+  const CachePlan& plan() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace tlinformer

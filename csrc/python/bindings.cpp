@@ -1,0 +1,220 @@
+// The engine for Python: pointers come as integers, the GIL is released while it works, and
+// Ctrl-C is answered between pieces of work.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <mutex>
+
+#include "../cpu/kernels.h"
+#include "tlinformer/engine.h"
+
+namespace py = pybind11;
+using namespace tlinformer;
+
+namespace {
+
+const void* address(const py::dict& tensors, const std::string& name) {
+  require(tensors.contains(name.c_str()), "tensor '", name, "' is missing from the weights");
+  return reinterpret_cast<const void*>(tensors[name.c_str()].cast<uintptr_t>());
+}
+
+Weights make_weights(const Config& config, const std::string& dtype, const py::dict& tensors) {
+  Weights weights;
+  weights.dtype = dtype_from_name(dtype);
+  weights.embed_tokens = address(tensors, "embed_tokens.weight");
+  weights.norm_weight = address(tensors, "norm.weight");
+  weights.norm_bias = address(tensors, "norm.bias");
+  for (int64_t i = 0; i < config.num_layers(); ++i) {
+    const std::string prefix = "blocks." + std::to_string(i / config.block_depth) + ".layers." +
+                               std::to_string(i % config.block_depth) + ".";
+    const auto at = [&](const char* name) { return address(tensors, prefix + name); };
+    LayerWeights layer;
+    layer.attn_norm_weight = at("attn_norm.weight");
+    layer.attn_norm_bias = at("attn_norm.bias");
+    layer.qkv_proj_weight = at("qkv_proj.weight");
+    layer.qkv_proj_bias = at("qkv_proj.bias");
+    layer.out_proj_weight = at("out_proj.weight");
+    layer.out_proj_bias = at("out_proj.bias");
+    layer.mlp_norm_weight = at("mlp_norm.weight");
+    layer.mlp_norm_bias = at("mlp_norm.bias");
+    layer.gate_proj_weight = at("gate_proj.weight");
+    layer.up_proj_weight = at("up_proj.weight");
+    layer.down_proj_weight = at("down_proj.weight");
+    weights.layers.push_back(layer);
+  }
+  return weights;
+}
+
+// A C++ callback that first lets Python handle its signals: Ctrl-C raises out of the engine.
+template <class... Args>
+std::function<bool(Args...)> callback(py::object function) {
+  return [function = std::move(function)](Args... args) {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (function.is_none()) return true;
+    const py::object answer = function(args...);
+    return answer.is_none() || answer.cast<bool>();
+  };
+}
+
+class PyEngine {
+ public:
+  PyEngine(const Config& config, const std::string& dtype, const py::dict& tensors,
+           const CachePlan& plan, uintptr_t arena, int64_t arena_bytes, int num_threads)
+      : engine_(config, make_weights(config, dtype, tensors), plan,
+                {reinterpret_cast<void*>(arena), arena_bytes}, {num_threads}) {}
+
+  // Prompts and tokens come as (address, count) of int32.
+  using Ids = std::vector<std::pair<uintptr_t, int64_t>>;
+
+  void prefill(const Ids& prompts, py::object progress) {
+    std::vector<Tokens> tokens;
+    for (const auto& [at, count] : prompts) {
+      const int32_t* ids = reinterpret_cast<const int32_t*>(at);
+      tokens.emplace_back(ids, ids + count);
+    }
+    const auto report = callback<double>(std::move(progress));
+    const auto lock = own();
+    py::gil_scoped_release release;
+    engine_.prefill(tokens, report);
+  }
+
+  void step(const Tokens& tokens) {
+    const auto report = callback<double>(py::none());
+    const auto lock = own();
+    py::gil_scoped_release release;
+    engine_.step(tokens, report);
+  }
+
+  std::vector<Tokens> generate(int64_t max_new_tokens, const SamplingParams& sampling,
+                               py::object on_token) {
+    const auto sink = callback<int64_t, int32_t>(std::move(on_token));
+    const auto report = callback<double>(py::none());
+    const auto lock = own();
+    py::gil_scoped_release release;
+    return engine_.generate(max_new_tokens, sampling, sink, report);
+  }
+
+  // Copies the logits, (sequences, V) float32, to `to`.
+  void copy_logits(uintptr_t to) {
+    const auto lock = own();
+    const int64_t floats = engine_.sequences() * engine_.config().vocab_size;
+    std::memcpy(reinterpret_cast<void*>(to), engine_.logits(),
+                static_cast<size_t>(floats) * sizeof(float));
+  }
+
+  void reset() {
+    const auto lock = own();
+    engine_.reset();
+  }
+  int64_t sequences() const { return engine_.sequences(); }
+  EngineStats stats() const { return engine_.stats(); }
+
+ private:
+  // An engine serves one call at a time; callbacks must not call back into it either.
+  std::unique_lock<std::mutex> own() {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    require<Error>(lock.owns_lock(),
+                   "the engine is busy with another call; use one engine per thread");
+    return lock;
+  }
+
+  Engine engine_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The tlinformer engine (C++); use tlinformer.Engine.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const InvalidArgument& e) {
+      PyErr_SetString(PyExc_ValueError, e.what());
+    } catch (const Error& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what());
+    }
+  });
+
+  py::class_<Config>(m, "Config")
+      .def(py::init([](const py::dict& fields) {
+        Config c;
+        const auto get = [&](const char* name, auto& field) {
+          field = fields[name].cast<std::decay_t<decltype(field)>>();
+        };
+        get("vocab_size", c.vocab_size);
+        get("hidden_size", c.hidden_size);
+        get("num_attention_heads", c.num_attention_heads);
+        get("num_key_value_heads", c.num_key_value_heads);
+        get("num_blocks", c.num_blocks);
+        get("block_depth", c.block_depth);
+        get("generation_window", c.generation_window);
+        get("intermediate_size", c.intermediate_size);
+        get("rope_theta", c.rope_theta);
+        get("layer_norm_eps", c.layer_norm_eps);
+        get("history_window_coefficient", c.history_window_coefficient);
+        const py::object window = fields["history_window"];
+        c.history_window = py::isinstance<py::str>(window) ? Config::kAuto : window.cast<int64_t>();
+        c.variant = fields["variant"].cast<std::string>() == "tconstformer"
+                        ? Variant::tconstformer
+                        : Variant::tlinformer;
+        c.validate();
+        return c;
+      }))
+      .def("compressed_rows", &Config::compressed_rows);
+
+  py::class_<Region>(m, "Region")
+      .def_readonly("name", &Region::name)
+      .def_readonly("block", &Region::block)
+      .def_readonly("layer", &Region::layer)
+      .def_readonly("rows", &Region::rows)
+      .def_readonly("offset", &Region::offset)
+      .def_readonly("bytes", &Region::bytes);
+
+  py::class_<CachePlan>(m, "CachePlan")
+      .def(py::init([](const Config& config, int64_t max_context, int64_t batch_size,
+                       const std::string& dtype, int64_t memory_limit) {
+             return CachePlan::make(
+                 config, {max_context, batch_size, dtype_from_name(dtype), memory_limit});
+           }),
+           py::arg("config"), py::arg("max_context"), py::arg("batch_size"), py::arg("dtype"),
+           py::arg("memory_limit"))
+      .def_property_readonly("regions", &CachePlan::regions)
+      .def_property_readonly("total_bytes", &CachePlan::total_bytes)
+      .def_property_readonly("cache_bytes", &CachePlan::cache_bytes)
+      .def_property_readonly("piece_rows", &CachePlan::piece_rows)
+      .def("bytes_of", &CachePlan::bytes_of);
+
+  py::class_<SamplingParams>(m, "SamplingParams")
+      .def(py::init([](double temperature, int64_t top_k, double top_p, double min_p,
+                       double repetition_penalty, uint64_t seed, Tokens stop_token_ids) {
+        return SamplingParams{temperature, top_k,
+                              top_p,       min_p,
+                              repetition_penalty, seed, std::move(stop_token_ids)};
+      }));
+
+  py::class_<EngineStats>(m, "EngineStats")
+      .def_readonly("hits", &EngineStats::hits)
+      .def_readonly("slides", &EngineStats::slides)
+      .def_readonly("prefill_tokens", &EngineStats::prefill_tokens)
+      .def_readonly("rows_read", &EngineStats::rows_read)
+      .def_readonly("cache_bytes", &EngineStats::cache_bytes)
+      .def_readonly("history_length", &EngineStats::history_length)
+      .def_readonly("window_fill", &EngineStats::window_fill);
+
+  py::class_<PyEngine>(m, "Engine")
+      .def(py::init<const Config&, const std::string&, const py::dict&, const CachePlan&,
+                    uintptr_t, int64_t, int>())
+      .def("prefill", &PyEngine::prefill)
+      .def("step", &PyEngine::step)
+      .def("generate", &PyEngine::generate)
+      .def("copy_logits", &PyEngine::copy_logits)
+      .def("reset", &PyEngine::reset)
+      .def_property_readonly("sequences", &PyEngine::sequences)
+      .def_property_readonly("stats", &PyEngine::stats);
+
+  m.def("instruction_set", [] { return cpu::kernels().name; });
+}

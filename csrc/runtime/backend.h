@@ -1,0 +1,95 @@
+// The seam between the engine and a backend. A layer is three verbs:
+//   project   q, k, v = split(qkv_proj(attn_norm(x)));  k and v go to a cache, after RoPE
+//   attend    softmax(rope(q) rope(K)^T / sqrt(d)) V, one softmax per cache, outputs added
+//   finish    y = x + out_proj(o);  y + down_proj(silu(gate_proj(norm y)) * up_proj(norm y))
+// The engine states what a token and a slide are as data, lists of verbs. A backend may interpret
+// them one by one, or compile a whole stage into as few launches as it likes at creation.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "tlinformer/cache.h"
+#include "tlinformer/config.h"
+#include "tlinformer/engine.h"
+
+namespace tlinformer {
+
+// Which keys and values of a layer: of the history (compress layers only), of the compressed
+// history (hidden and restore layers), or of the generation window (every layer).
+enum class Cache { history, context, window };
+
+// Which rows a stage works on; each has its own activation stream x.
+enum class Scope { window, compressed, history };
+
+struct Verb {
+  enum class Kind {
+    embed,    // x <- embed_tokens[token]
+    load,     // x <- the stored history stream
+    project,  // q of x if `queries`; k, v of x -> cache `keys_values` if `writes`
+    attend,   // o <- q against `context` if `reads_context`, plus the causal window if `causal`
+    finish,   // x <- finish(x, o)
+    store,    // the stored history stream <- x
+    keep,     // the compressed stream <- those rows of x that will be compressed
+    head,     // logits <- norm(x of each span's last row) embed_tokens^T
+  };
+  Kind kind;
+  int block = 0;
+  int layer = 0;
+  bool queries = false;
+  bool writes = false;
+  bool causal = false;
+  bool reads_context = false;
+  Cache keys_values = Cache::window;
+  Cache context = Cache::context;
+};
+
+struct Stage {
+  Scope scope;
+  std::vector<Verb> verbs;
+};
+using Program = std::vector<Stage>;
+
+// The two programs; engine.cpp states them.
+Stage window_program(const Config& config);
+Program slide_program(const Config& config);
+
+// Consecutive rows of one sequence that a stage works on.
+struct Span {
+  int64_t sequence = 0;
+  int64_t begin = 0;    // position of the first row
+  int64_t rows = 0;
+  int64_t history = 0;  // C: tokens before the generation window
+  int64_t compressed = 0;  // rows the history is compressed to: positions C - compressed ... C - 1
+};
+
+// Where the rows of a span lie in a layer's cache: slot of `position`, and the slots in use.
+struct Slots {
+  const Region* region;
+  int64_t first;  // slot of the cache's first valid row
+  int64_t count;  // valid rows once the span's own rows are written
+  int64_t slot(int64_t position) const { return position - base; }
+  int64_t base;  // position held by slot 0
+};
+Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span);
+
+using Poll = std::function<void()>;  // throws Interrupted
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  // Runs the stage's verbs over the spans, in order; polls between pieces of long attention.
+  virtual void run(const Stage& stage, const std::vector<Span>& spans,
+                   const std::vector<const int32_t*>& tokens, const Poll& poll) = 0;
+  virtual const float* logits() const = 0;  // (batch_size, V), row = sequence
+  // Draws the token at `position` of a sequence; `seen` flags its tokens so far (V) or is null.
+  virtual int32_t sample(int64_t sequence, const SamplingParams& params, const uint8_t* seen,
+                         int64_t position) = 0;
+};
+
+std::unique_ptr<Backend> make_cpu_backend(const Config& config, const Weights& weights,
+                                          const CachePlan& plan, Arena arena,
+                                          const EngineOptions& options);
+
+}  // namespace tlinformer

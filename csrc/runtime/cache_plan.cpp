@@ -1,0 +1,117 @@
+#include "tlinformer/cache.h"
+
+#include <algorithm>
+
+#include "tlinformer/error.h"
+#include "workspace.h"
+
+namespace tlinformer {
+namespace {
+
+// Rows a slide streams at a time: enough for full-speed matrix products, few enough that the
+// activations of a piece stay near the cores and that an interruption is answered soon.
+int64_t choose_piece_rows(const Config& config, int64_t history) {
+  constexpr int64_t kBytes = int64_t{16} << 20;
+  const int64_t row_bytes = 4 * (4 * config.hidden_size + 2 * config.intermediate_size);
+  const int64_t rows = std::clamp<int64_t>(kBytes / row_bytes / 64 * 64, 64, 1024);
+  return std::max<int64_t>(1, std::min(rows, history));
+}
+
+// Upper bounds that keep every product below in int64: 2^40 tokens, 2^20 sequences.
+void check_options(const CachePlanOptions& options) {
+  constexpr int64_t kMostTokens = int64_t{1} << 40;
+  constexpr int64_t kMostSequences = int64_t{1} << 20;
+  require(options.max_context >= 1 && options.max_context <= kMostTokens, "max_context = ",
+          options.max_context, "; it must be 1 to ", kMostTokens);
+  require(options.batch_size >= 1 && options.batch_size <= kMostSequences, "batch_size = ",
+          options.batch_size, "; it must be 1 to ", kMostSequences);
+  require(options.memory_limit >= 0, "memory_limit = ", options.memory_limit,
+          "; it must be at least 0 (0: unlimited)");
+}
+
+}  // namespace
+
+void CachePlan::add(const std::string& name, int block, int layer, int64_t rows, int64_t bytes) {
+  if (bytes == 0) return;
+  regions_.push_back({name, block, layer, rows, total_bytes_, bytes});
+  total_bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options) {
+  config.validate();
+  check_options(options);
+  // More than this could overflow; no machine holds it anyway.
+  const double row = 2.0 * static_cast<double>(config.kv_dim()) * config.num_layers() * 8;
+  require<OutOfMemory>(row * static_cast<double>(options.max_context) *
+                               static_cast<double>(options.batch_size) < 4e18,
+                       "max_context = ", options.max_context, " with batch_size = ",
+                       options.batch_size, " needs more bytes than a machine can address");
+  CachePlan plan;
+  plan.options_ = options;
+  const int64_t history = config.history_at(options.max_context - 1);
+  const int64_t window = std::min(config.generation_window, options.max_context);
+  const int64_t compressed = config.compressed_rows(history);
+  const auto key_values = [&](int64_t rows) {
+    return 2 * options.batch_size * rows * config.kv_dim() * size_of(options.dtype);
+  };
+  const int blocks = static_cast<int>(config.num_blocks);
+  const int depth = static_cast<int>(config.block_depth);
+  for (int b = 0; b < blocks; ++b) {
+    // Block 0's window follows its history in the same region: a slide appends without a copy.
+    const int64_t rows = history + (b == 0 ? window : 0);
+    plan.add("history", b, 0, rows, key_values(rows));
+  }
+  for (int b = 0; b < blocks; ++b) {
+    for (int l = 1; l < depth; ++l) plan.add("context", b, l, compressed, key_values(compressed));
+  }
+  for (int b = 0; b < blocks; ++b) {
+    for (int l = b == 0 ? 1 : 0; l < depth; ++l) {
+      plan.add("window", b, l, window, key_values(window));
+    }
+  }
+  // Between three blocks or more, the history's activations themselves have to be kept.
+  if (blocks > 2) plan.add("stream", -1, -1, history, history * config.hidden_size * 4);
+  plan.piece_rows_ = choose_piece_rows(config, history);
+  const Workspace workspace = Workspace::layout(config, options, plan.piece_rows_);
+  plan.add("workspace", -1, -1, workspace.rows, workspace.floats * 4);
+
+  if (options.memory_limit > 0 && plan.total_bytes_ > options.memory_limit) {
+    CachePlanOptions smaller = options;
+    smaller.memory_limit = 0;
+    int64_t fits = 0;
+    for (int64_t low = 1, high = options.max_context - 1; low <= high;) {
+      smaller.max_context = low + (high - low) / 2;
+      const bool ok = make(config, smaller).total_bytes() <= options.memory_limit;
+      if (ok) fits = smaller.max_context;
+      (ok ? low : high) = ok ? smaller.max_context + 1 : smaller.max_context - 1;
+    }
+    throw OutOfMemory("max_context = " + std::to_string(options.max_context) +
+                      " with batch_size = " + std::to_string(options.batch_size) + " needs " +
+                      std::to_string(plan.total_bytes_) + " bytes; " +
+                      std::to_string(options.memory_limit) + " are available" +
+                      (fits > 0 ? ", enough for max_context = " + std::to_string(fits)
+                                : ", too few for any context"));
+  }
+  return plan;
+}
+
+const Region* CachePlan::find(const std::string& name, int block, int layer) const {
+  for (const Region& region : regions_) {
+    if (region.block == block && region.layer == layer && region.name == name) return &region;
+  }
+  return nullptr;
+}
+
+int64_t CachePlan::cache_bytes() const {
+  return bytes_of("history") + bytes_of("context") + bytes_of("window");
+}
+
+int64_t CachePlan::bytes_of(const std::string& name) const {
+  int64_t sum = 0;
+  for (const Region& region : regions_) {
+    if (region.name == name) sum += region.bytes;
+  }
+  return sum;
+}
+
+}  // namespace tlinformer

@@ -1,0 +1,441 @@
+// The architecture, in verbs. Read window_program and slide_program, then Engine.
+#include "tlinformer/engine.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "backend.h"
+
+namespace tlinformer {
+namespace {
+
+using Kind = Verb::Kind;
+
+Verb project(int block, int layer, bool queries, bool writes, Cache keys_values) {
+  Verb verb{Kind::project, block, layer};
+  verb.queries = queries;
+  verb.writes = writes;
+  verb.keys_values = keys_values;
+  return verb;
+}
+
+Verb attend(int block, int layer, bool causal, bool reads_context, Cache context) {
+  Verb verb{Kind::attend, block, layer};
+  verb.causal = causal;
+  verb.reads_context = reads_context;
+  verb.context = context;
+  return verb;
+}
+
+}  // namespace
+
+// New tokens through every layer. With one row per sequence this is a hit.
+Stage window_program(const Config& config) {
+  Stage stage{Scope::window, {{Kind::embed}}};
+  const int depth = static_cast<int>(config.block_depth);
+  for (int b = 0; b < config.num_blocks; ++b) {
+    for (int l = 0; l < depth; ++l) {
+      const bool compress = l == 0;
+      const bool reads_context = !compress || config.variant == Variant::tlinformer;
+      stage.verbs.push_back(project(b, l, true, true, Cache::window));
+      stage.verbs.push_back(
+          attend(b, l, true, reads_context, compress ? Cache::history : Cache::context));
+      stage.verbs.push_back({Kind::finish, b, l});
+    }
+  }
+  stage.verbs.push_back({Kind::head});
+  return stage;
+}
+
+// The compressed history anew. Its first stage covers only history that block 0 has not seen yet:
+// after hits there is none, because their window keys and values already lie where history goes.
+Program slide_program(const Config& config) {
+  const int blocks = static_cast<int>(config.num_blocks);
+  const int restore = static_cast<int>(config.block_depth) - 1;
+  Program program{{Scope::history, {{Kind::embed}, project(0, 0, false, true, Cache::history)}}};
+  for (int b = 0; b < blocks; ++b) {
+    Stage compressed{Scope::compressed, {}};
+    std::vector<Verb>& z = compressed.verbs;
+    if (b == 0) z.push_back({Kind::embed});  // later blocks: kept by the restore stage below
+    z.push_back(project(b, 0, true, false, Cache::history));
+    z.push_back(attend(b, 0, false, true, Cache::history));
+    z.push_back({Kind::finish, b, 0});
+    for (int l = 1; l < restore; ++l) {
+      z.push_back(project(b, l, true, true, Cache::context));
+      z.push_back(attend(b, l, false, true, Cache::context));
+      z.push_back({Kind::finish, b, l});
+    }
+    z.push_back(project(b, restore, false, true, Cache::context));
+    program.push_back(std::move(compressed));
+    if (b + 1 == blocks) break;  // nobody reads what the last block would restore
+
+    Stage restored{Scope::history, {}};
+    std::vector<Verb>& a = restored.verbs;
+    a.push_back({b == 0 ? Kind::embed : Kind::load});
+    a.push_back(project(b, 0, true, false, Cache::history));
+    a.push_back(attend(b, restore, false, true, Cache::context));
+    a.push_back({Kind::finish, b, restore});
+    if (b + 2 < blocks) a.push_back({Kind::store});
+    a.push_back({Kind::keep});
+    a.push_back(project(b + 1, 0, false, true, Cache::history));
+    program.push_back(std::move(restored));
+  }
+  return program;
+}
+
+Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span) {
+  const int64_t end = span.begin + span.rows;
+  switch (cache) {
+    case Cache::history:
+      return {plan.find("history", block, layer), 0, span.history, 0};
+    case Cache::context: {
+      const int64_t base = span.history - span.compressed;
+      return {plan.find("context", block, layer), 0, span.compressed, base};
+    }
+    case Cache::window:
+      break;
+  }
+  // Block 0's window continues its history, which is what lets a slide append without a copy.
+  if (block == 0 && layer == 0) {
+    return {plan.find("history", 0, 0), span.history, end - span.history, 0};
+  }
+  return {plan.find("window", block, layer), 0, end - span.history, span.history};
+}
+
+struct Engine::Impl {
+  struct Sequence {
+    Tokens tokens;               // cached so far
+    int64_t slid_history = 0;    // history that the cache is compressed for; kStale: redo it
+    int64_t known_history = 0;   // rows of block 0's history that are cached
+  };
+  static constexpr int64_t kStale = -1;
+
+  Config config;
+  CachePlan plan;
+  Stage window;
+  Program slide_stages;
+  std::unique_ptr<Backend> backend;
+  std::vector<Sequence> sequences;
+  std::vector<Span> spans;  // of the call under way; kept so that a hit allocates nothing
+  std::vector<const int32_t*> span_tokens;
+  std::vector<int64_t> everyone;  // 0 ... active - 1
+  int64_t active = 0;
+  EngineStats stats;
+
+  Span span_of(int64_t sequence, int64_t begin, int64_t rows, int64_t history) const {
+    return {sequence, begin, rows, history, config.compressed_rows(history)};
+  }
+
+  // What the stage costs over a span, in multiply-adds: the unit of progress.
+  double cost(const Stage& stage, const Span& span) const {
+    const double width = static_cast<double>(config.hidden_size);
+    double sum = 0;
+    for (const Verb& verb : stage.verbs) {
+      if (verb.kind == Kind::project) {
+        sum += width * (verb.queries * config.query_dim() + verb.writes * 2 * config.kv_dim());
+      } else if (verb.kind == Kind::finish) {
+        sum += width * (width + 3.0 * config.intermediate_size);
+      } else if (verb.kind == Kind::attend) {
+        const int64_t keys =
+            (verb.causal ? span.rows / 2 : 0) +
+            (verb.reads_context
+                 ? (verb.context == Cache::history ? span.history : span.compressed)
+                 : 0);
+        sum += 2.0 * static_cast<double>(keys * config.query_dim());
+      }
+    }
+    return sum * static_cast<double>(span.rows);
+  }
+
+  // Reports progress in [begin, end) of the whole call while `total` cost is worked off.
+  struct Meter {
+    const Progress* progress;
+    double total = 0;
+    double done = 0;
+    void poll() const {
+      if (*progress && !(*progress)(total > 0 ? std::min(done / total, 1.0) : 1.0)) {
+        throw Interrupted("interrupted by the progress callback");
+      }
+    }
+    void advance(double cost) {
+      done += cost;
+      poll();
+    }
+  };
+
+  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
+    span_tokens.clear();
+    for (const Span& span : over) {
+      const Sequence& sequence = sequences[static_cast<size_t>(span.sequence)];
+      span_tokens.push_back(sequence.tokens.data() + span.begin);
+    }
+    backend->run(stage, over, span_tokens, [&meter] { meter.poll(); });
+    for (const Span& span : over) meter.done += cost(stage, span);
+  }
+
+  // Rows of the history that a slide's stage covers: the first stage only the unknown ones.
+  Span slide_span(size_t stage, int64_t index, int64_t history) const {
+    const Sequence& sequence = sequences[static_cast<size_t>(index)];
+    if (slide_stages[stage].scope == Scope::compressed) {
+      const int64_t rows = config.compressed_rows(history);
+      return span_of(index, history - rows, rows, history);
+    }
+    const int64_t begin = stage == 0 ? std::min(sequence.known_history, history) : 0;
+    return span_of(index, begin, history - begin, history);
+  }
+
+  double slide_cost(int64_t index, int64_t history) const {
+    double sum = 0;
+    for (size_t i = 0; i < slide_stages.size(); ++i) {
+      sum += cost(slide_stages[i], slide_span(i, index, history));
+    }
+    return sum;
+  }
+
+  void slide(int64_t index, int64_t history, Meter& meter) {
+    Sequence& sequence = sequences[static_cast<size_t>(index)];
+    sequence.slid_history = kStale;  // until done: an interruption then costs only time
+    for (size_t i = 0; i < slide_stages.size(); ++i) {
+      const Span all = slide_span(i, index, history);
+      const bool pieces = slide_stages[i].scope == Scope::history;
+      const int64_t most = pieces ? plan.piece_rows() : all.rows;
+      for (int64_t done = 0; done < all.rows; done += most) {
+        Span piece = all;
+        piece.begin += done;
+        piece.rows = std::min(most, all.rows - done);
+        run(slide_stages[i], {piece}, meter);
+        meter.poll();
+      }
+    }
+    sequence.known_history = std::max(sequence.known_history, history);
+    sequence.slid_history = history;
+    ++stats.slides;
+  }
+
+  void prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
+    const CachePlanOptions& options = plan.options();
+    require(!prompts.empty() && static_cast<int64_t>(prompts.size()) <= options.batch_size,
+            "prefill got ", prompts.size(), " prompts; this engine holds 1 to ",
+            options.batch_size, " sequences (batch_size)");
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const int64_t length = static_cast<int64_t>(prompts[i].size());
+      require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
+      require(length <= options.max_context, "prompt ", i, " has ", length,
+              " tokens; this engine was planned for max_context = ", options.max_context);
+      check_tokens(prompts[i], "prompt ", i);
+    }
+    forget();
+    Meter meter{&progress};
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      sequences[i].tokens = prompts[i];
+      sequences[i].tokens.reserve(static_cast<size_t>(options.max_context));
+      const int64_t length = static_cast<int64_t>(prompts[i].size());
+      const int64_t history = config.history_at(length - 1);
+      meter.total += slide_cost(static_cast<int64_t>(i), history) +
+                     cost(window, span_of(0, history, length - history, history));
+    }
+    try {
+      for (size_t i = 0; i < prompts.size(); ++i) {
+        const int64_t index = static_cast<int64_t>(i);
+        const int64_t length = static_cast<int64_t>(prompts[i].size());
+        const int64_t history = config.history_at(length - 1);
+        if (history > 0) slide(index, history, meter);
+        run(window, {span_of(index, history, length - history, history)}, meter);
+        sequences[i].known_history = length;
+        stats.prefill_tokens += length;
+      }
+      active = static_cast<int64_t>(prompts.size());
+      everyone.resize(prompts.size());
+      std::iota(everyone.begin(), everyone.end(), int64_t{0});
+      meter.advance(meter.total);
+    } catch (...) {
+      forget();
+      throw;
+    }
+  }
+
+  // Pushes one token onto each of the listed sequences.
+  void push(const std::vector<int64_t>& listed, const Tokens& tokens, const Progress& progress) {
+    Meter meter{&progress};
+    for (int64_t index : listed) {  // slides first, so that a failure leaves every token unpushed
+      const Sequence& sequence = sequences[static_cast<size_t>(index)];
+      const int64_t history = config.history_at(static_cast<int64_t>(sequence.tokens.size()));
+      if (history == sequence.slid_history) continue;
+      meter.total = slide_cost(index, history);
+      meter.done = 0;
+      slide(index, history, meter);
+      ++slid;
+    }
+    spans.clear();
+    for (size_t i = 0; i < listed.size(); ++i) {
+      Sequence& sequence = sequences[static_cast<size_t>(listed[i])];
+      const int64_t position = static_cast<int64_t>(sequence.tokens.size());
+      sequence.tokens.push_back(tokens[i]);
+      sequence.known_history = std::max(sequence.known_history, position + 1);
+      spans.push_back(span_of(listed[i], position, 1, config.history_at(position)));
+    }
+    const Progress none;
+    Meter unmetered{&none};
+    run(window, spans, unmetered);
+    count_hits();
+  }
+
+  void count_hits() {
+    stats.hits += static_cast<int64_t>(spans.size()) - slid;
+    slid = 0;
+    for (const Span& span : spans) {
+      for (const Verb& verb : window.verbs) {
+        if (verb.kind != Kind::attend) continue;
+        stats.rows_read += span.begin + 1 - span.history;
+        if (verb.reads_context) {
+          stats.rows_read += verb.context == Cache::history ? span.history : span.compressed;
+        }
+      }
+    }
+  }
+  int64_t slid = 0;  // slides of the push under way
+
+  template <class... Where>
+  void check_tokens(const Tokens& tokens, const Where&... where) const {
+    for (int32_t token : tokens) {
+      require(token >= 0 && token < config.vocab_size, where..., ": token id ", token,
+              " is outside the vocabulary, 0 to ", config.vocab_size - 1);
+    }
+  }
+
+  void check_ready(const char* call) const {
+    require(active > 0, call, " needs a prefill first: the engine is empty");
+  }
+
+  void check_room(int64_t tokens) const {
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t held = static_cast<int64_t>(sequences[static_cast<size_t>(i)].tokens.size());
+      require(held + tokens <= plan.options().max_context, "sequence ", i, " holds ", held,
+              " tokens and cannot take ", tokens, " more: max_context = ",
+              plan.options().max_context,
+              "; create the engine with a larger one or ask for fewer tokens");
+    }
+  }
+
+  void forget() {
+    for (Sequence& sequence : sequences) {
+      sequence.tokens.clear();
+      sequence.slid_history = 0;
+      sequence.known_history = 0;
+    }
+    active = 0;
+  }
+};
+
+Engine::Engine(const Config& config, const Weights& weights, const CachePlan& plan, Arena arena,
+               const EngineOptions& options)
+    : impl_(std::make_unique<Impl>()) {
+  config.validate();
+  require(static_cast<int64_t>(weights.layers.size()) == config.num_layers(), "got weights of ",
+          weights.layers.size(), " layers; the config has ", config.num_layers());
+  require(arena.data != nullptr && arena.bytes >= plan.total_bytes(), "the arena holds ",
+          arena.bytes, " bytes; the plan needs ", plan.total_bytes());
+  require(reinterpret_cast<uintptr_t>(arena.data) % 64 == 0,
+          "the arena must be aligned to 64 bytes");
+  impl_->config = config;
+  impl_->plan = plan;
+  impl_->window = window_program(config);
+  impl_->slide_stages = slide_program(config);
+  impl_->backend = make_cpu_backend(config, weights, plan, arena, options);
+  const size_t batch = static_cast<size_t>(plan.options().batch_size);
+  impl_->sequences.resize(batch);
+  impl_->spans.reserve(batch);
+  impl_->span_tokens.reserve(batch);
+}
+
+Engine::~Engine() = default;
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+
+void Engine::prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
+  impl_->prefill(prompts, progress);
+}
+
+void Engine::step(const Tokens& tokens, const Progress& progress) {
+  impl_->check_ready("step");
+  require(static_cast<int64_t>(tokens.size()) == impl_->active, "step got ", tokens.size(),
+          " tokens for ", impl_->active, " sequences; it takes one each");
+  impl_->check_tokens(tokens, "step");
+  impl_->check_room(1);
+  impl_->push(impl_->everyone, tokens, progress);
+}
+
+std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParams& sampling,
+                                     const TokenSink& sink, const Progress& progress) {
+  Impl& impl = *impl_;
+  impl.check_ready("generate");
+  require(max_new_tokens >= 0, "max_new_tokens = ", max_new_tokens, "; it must be at least 0");
+  sampling.validate(impl.config.vocab_size);
+  impl.check_room(max_new_tokens);
+  const size_t count = static_cast<size_t>(impl.active);
+  const size_t vocab = static_cast<size_t>(impl.config.vocab_size);
+  std::vector<Tokens> out(count);
+  std::vector<uint8_t> seen(sampling.repetition_penalty == 1.0 ? 0 : count * vocab, 0);
+  std::vector<int64_t> live = impl.everyone;
+  Tokens drawn(count);
+  for (size_t i = 0; i < count; ++i) {
+    out[i].reserve(static_cast<size_t>(max_new_tokens));
+    if (seen.empty()) continue;
+    for (int32_t token : impl.sequences[i].tokens) seen[i * vocab + static_cast<size_t>(token)] = 1;
+  }
+  const auto stops = [&](int32_t token) {
+    const Tokens& ids = sampling.stop_token_ids;
+    return std::find(ids.begin(), ids.end(), token) != ids.end();
+  };
+  bool wanted = true;
+  for (int64_t n = 0; n < max_new_tokens && wanted && !live.empty(); ++n) {
+    for (size_t row = 0; row < live.size(); ++row) {
+      const size_t i = static_cast<size_t>(live[row]);
+      uint8_t* flags = seen.empty() ? nullptr : seen.data() + i * vocab;
+      drawn[row] = impl.backend->sample(live[row], sampling, flags,
+                                        static_cast<int64_t>(impl.sequences[i].tokens.size()));
+      if (flags) flags[drawn[row]] = 1;
+    }
+    impl.push(live, drawn, progress);
+    size_t kept = 0;
+    for (size_t row = 0; row < live.size(); ++row) {
+      const int64_t index = live[row];
+      out[static_cast<size_t>(index)].push_back(drawn[row]);
+      if (sink && !sink(index, drawn[row])) wanted = false;
+      if (!stops(drawn[row])) live[kept++] = index;
+    }
+    live.resize(kept);
+  }
+  return out;
+}
+
+const float* Engine::logits() const {
+  impl_->check_ready("logits");
+  return impl_->backend->logits();
+}
+
+int64_t Engine::sequences() const { return impl_->active; }
+
+EngineStats Engine::stats() const {
+  EngineStats stats = impl_->stats;
+  stats.cache_bytes = impl_->plan.cache_bytes();
+  for (int64_t i = 0; i < impl_->active; ++i) {
+    const Impl::Sequence& sequence = impl_->sequences[static_cast<size_t>(i)];
+    const int64_t held = static_cast<int64_t>(sequence.tokens.size());
+    const int64_t history = impl_->config.history_at(held - 1);
+    stats.history_length.push_back(history);
+    stats.window_fill.push_back(held - history);
+  }
+  return stats;
+}
+
+void Engine::reset() {
+  impl_->forget();
+  impl_->stats = {};
+}
+
+const Config& Engine::config() const { return impl_->config; }
+const CachePlan& Engine::plan() const { return impl_->plan; }
+
+}  // namespace tlinformer

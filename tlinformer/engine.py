@@ -1,0 +1,358 @@
+"""The inference engine: one prefill, then tokens at the cost of reading a static cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tlinformer import _C
+from tlinformer.config import TLinFormerConfig
+
+if TYPE_CHECKING:
+    from tlinformer.model import TLinFormerForCausalLM
+
+TokenBatch = torch.Tensor | Sequence[torch.Tensor]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn; the filters apply in the order of the fields' list here.
+
+    Args:
+        temperature: 0 is greedy (the filters below then have no effect).
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
+        min_p: drop tokens less likely than `min_p` times the likeliest one, in [0, 1].
+        repetition_penalty: above 1, tokens already in the sequence become less likely (applied
+            before the temperature).
+        seed: same seed, weights and prompt: same tokens.
+        stop_token_ids: a sequence ends after drawing one of these (it is returned).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: Iterable[int] = ()
+
+    def _compiled(self) -> Any:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["seed"] = int(self.seed) % 2**64
+        fields["stop_token_ids"] = [int(i) for i in self.stop_token_ids]
+        try:
+            return _C.SamplingParams(*fields.values())
+        except TypeError:
+            raise ValueError(f"sampling parameters of the wrong type: {self}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRegion:
+    """One tensor of the arena: `bytes` at `offset`, `rows` per sequence."""
+
+    name: str
+    block: int
+    layer: int
+    rows: int
+    offset: int
+    bytes: int
+
+
+class CachePlan:
+    """Every byte an engine will use, known before anything is allocated.
+
+    Attributes:
+        regions: all `CacheRegion`s: keys and values of "history", "context" and "window"; with
+            three blocks or more "stream", the history's activations; "workspace".
+        bytes_by_region: bytes by those names.
+        cache_bytes: keys and values alone.
+        total_bytes: what the engine allocates besides the weights.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        names = [f.name for f in dataclasses.fields(CacheRegion)]
+        self.regions = [CacheRegion(*(getattr(r, n) for n in names)) for r in compiled.regions]
+        self.bytes_by_region = {r.name: compiled.bytes_of(r.name) for r in self.regions}
+        self.cache_bytes: int = compiled.cache_bytes
+        self.total_bytes: int = compiled.total_bytes
+
+    def __repr__(self) -> str:
+        return f"CachePlan(total_bytes={self.total_bytes}, {self.bytes_by_region})"
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str:
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(_DTYPES)}")
+    return name
+
+
+def plan_cache(
+    config: TLinFormerConfig,
+    *,
+    max_context: int,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    memory_limit: int = 0,
+) -> CachePlan:
+    """Plans an engine's memory, in bytes by region, without allocating any.
+
+    Args:
+        config: the model's sizes.
+        max_context: tokens a sequence may hold, prompt and generated together.
+        batch_size: sequences.
+        dtype: of weights and cache; float32 by default.
+        memory_limit: bytes the plan must fit in; 0: unlimited.
+
+    Raises:
+        ValueError: for options out of range.
+        RuntimeError: when the plan exceeds `memory_limit`, naming the longest context that fits.
+    """
+    for name, value in (("max_context", max_context), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**62:
+            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    compiled = _C.Config(config.to_dict())
+    return CachePlan(
+        _C.CachePlan(compiled, max_context, batch_size, _dtype_name(dtype), memory_limit)
+    )
+
+
+def available_memory() -> int:
+    """Bytes this process can still take: the machine's, or its control group's if that is less."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            limits.append(int(most) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # not Linux, or no control group: no limit known from there
+    return max(0, min(limits)) if limits else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What the cache did. With `batch_size` 1 the last two are integers, else lists.
+
+    Attributes:
+        hits: tokens that read the cache and left the history alone.
+        slides: recomputations of the compressed history (those of prefills included).
+        prefill_tokens: prompt tokens read.
+        rows_read: key/value rows that generated tokens attended to, summed over the layers.
+        cache_bytes: bytes of keys and values held.
+        history_length: tokens before the generation window.
+        window_fill: tokens in the generation window.
+    """
+
+    hits: int
+    slides: int
+    prefill_tokens: int
+    rows_read: int
+    cache_bytes: int
+    history_length: int | list[int]
+    window_fill: int | list[int]
+
+
+class Engine:
+    """Generates with a static cache; every call works on all sequences of the batch.
+
+    The engine borrows the model's weights (it converts a copy if `dtype` differs from theirs):
+    do not train the model while an engine uses it. One engine serves one thread at a time.
+
+    Args:
+        model: where the weights come from; on the CPU.
+        max_context: tokens a sequence may hold, prompt and generated together.
+        batch_size: the most sequences.
+        dtype: of weights and cache, float32 or bfloat16 (half the bytes, so faster); the model's
+            own by default. Activations and logits are float32.
+        num_threads: of the CPU; torch's setting by default.
+
+    Raises:
+        ValueError: for a model on another device or options out of range.
+        RuntimeError: when the plan exceeds the available memory; the text names the longest
+            context that fits.
+    """
+
+    def __init__(
+        self,
+        model: TLinFormerForCausalLM,
+        *,
+        max_context: int,
+        batch_size: int = 1,
+        dtype: torch.dtype | str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        device = next(model.parameters()).device
+        if device.type != "cpu":
+            raise ValueError(
+                f"the model is on {device}; this build of the engine runs on the CPU: "
+                "model.to('cpu') first"
+            )
+        self.config: TLinFormerConfig = model.config
+        self.batch_size = batch_size
+        name = _dtype_name(next(model.parameters()).dtype if dtype is None else dtype)
+        if name == "float16":
+            raise ValueError("dtype is float16; on the CPU it must be float32 or bfloat16")
+        self.dtype = _DTYPES[name]
+        self.plan = plan_cache(
+            self.config,
+            max_context=max_context,
+            batch_size=batch_size,
+            dtype=name,
+            memory_limit=available_memory(),
+        )
+        self._weights = {
+            key: tensor.detach().to(self.dtype).contiguous()
+            for key, tensor in model.state_dict().items()
+        }
+        # The whole cache, (total_bytes) uint8, laid out as `plan.regions` says.
+        self.arena = torch.empty(self.plan.total_bytes, dtype=torch.uint8)
+        self._compiled = _C.Engine(
+            _C.Config(self.config.to_dict()),
+            name,
+            {key: tensor.data_ptr() for key, tensor in self._weights.items()},
+            self.plan._compiled,
+            self.arena.data_ptr(),
+            self.arena.numel(),
+            torch.get_num_threads() if num_threads is None else num_threads,
+        )
+        self._as_list = False
+
+    def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
+        """The sequences of a batch as contiguous int32 CPU tensors (L)."""
+        rows: list[Any]
+        if isinstance(token_ids, torch.Tensor):
+            if token_ids.ndim not in (1, 2):
+                raise ValueError(
+                    f"{call} got token ids of shape {tuple(token_ids.shape)}; it takes (B, L), "
+                    "or a list of 1-D tensors"
+                )
+            rows = list(token_ids if token_ids.ndim == 2 else token_ids[None])
+        elif isinstance(token_ids, Sequence) and not isinstance(token_ids, (str, bytes)):
+            rows = [torch.as_tensor(row) for row in token_ids]
+        else:
+            raise ValueError(f"{call} takes a tensor or a list of 1-D tensors, not {token_ids!r}")
+        for row in rows:
+            if row.ndim != 1 or (row.numel() and (row.is_floating_point() or row.is_complex())):
+                raise ValueError(
+                    f"{call} takes integer token ids, 1-D for each sequence; got {row.dtype} of "
+                    f"shape {tuple(row.shape)}"
+                )
+            if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < self.config.vocab_size:
+                bad = row[(row < 0) | (row >= self.config.vocab_size)][0]
+                raise ValueError(
+                    f"{call}: token id {int(bad)} is outside the vocabulary, 0 to "
+                    f"{self.config.vocab_size - 1}"
+                )
+        return [row.to("cpu", torch.int32).contiguous() for row in rows]
+
+    def _logits(self, as_list: bool) -> Any:
+        logits = torch.empty(self._compiled.sequences, self.config.vocab_size)
+        self._compiled.copy_logits(logits.data_ptr())
+        return list(logits) if as_list else logits
+
+    def prefill(
+        self, input_ids: TokenBatch, *, progress: Callable[[float], bool | None] | None = None
+    ) -> Any:
+        """Reads the prompts, replacing what was cached.
+
+        Args:
+            input_ids: (B, L) integers, or a list of 1-D tensors of different lengths.
+            progress: called with the share done, 0 to 1; returning False interrupts.
+
+        Returns:
+            Logits of each prompt's next token: (B, V) float32, or a list of (V) for a list.
+
+        Raises:
+            ValueError: for empty prompts, ids out of range, too many sequences, or a prompt above
+                `max_context`; what was cached is kept.
+            KeyboardInterrupt: on Ctrl-C; the engine is empty then, and usable.
+        """
+        ids = self._ids(input_ids, "prefill")
+        self._compiled.prefill([(row.data_ptr(), row.numel()) for row in ids], progress)
+        self._as_list = not isinstance(input_ids, torch.Tensor)
+        return self._logits(self._as_list)
+
+    def step(self, token_ids: TokenBatch) -> Any:
+        """Appends one token to every sequence.
+
+        Args:
+            token_ids: (B) integers, or a list of B integers or 1-element tensors.
+
+        Returns:
+            Logits of the next token: (B, V) float32, or a list of (V) for a list.
+
+        Raises:
+            ValueError: without a prefill, for ids out of range or a full cache; nothing is lost.
+        """
+        as_list = not isinstance(token_ids, torch.Tensor)
+        if as_list:
+            token_ids = [torch.as_tensor(i).reshape(-1) for i in token_ids]
+            if any(i.numel() != 1 for i in token_ids):
+                raise ValueError("step takes one token for each sequence")
+            token_ids = torch.cat(token_ids) if token_ids else torch.empty(0, dtype=torch.int64)
+        elif token_ids.ndim == 2 and token_ids.shape[1] == 1:
+            token_ids = token_ids[:, 0]
+        if token_ids.ndim != 1:
+            raise ValueError(
+                f"step got token ids of shape {tuple(token_ids.shape)}; it takes (B), one token "
+                "for each sequence"
+            )
+        self._compiled.step(self._ids(token_ids, "step")[0].tolist())
+        return self._logits(as_list)
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        sampling: SamplingParams | None = None,
+        *,
+        on_token: Callable[[int, int], bool | None] | None = None,
+    ) -> Any:
+        """Draws tokens and appends them, so that calls can follow one another.
+
+        Args:
+            max_new_tokens: at most so many for each sequence.
+            sampling: greedy by default.
+            on_token: called with (sequence, token) as tokens come; returning False stops.
+
+        Returns:
+            The new tokens alone: (B, n) int64, or a list of 1-D tensors if the prompt was a list.
+            In a tensor, a sequence that ended early repeats its stop token.
+
+        Raises:
+            ValueError: without a prefill, for bad parameters, or more tokens than `max_context`.
+            RuntimeError: for NaN logits, naming the position; tokens drawn so far stay cached.
+        """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer >= 0")
+        compiled = (sampling or SamplingParams())._compiled()
+        rows = self._compiled.generate(max_new_tokens, compiled, on_token)
+        if self._as_list:
+            return [torch.tensor(row, dtype=torch.int64) for row in rows]
+        longest = max(len(row) for row in rows)
+        padded = [row + row[-1:] * (longest - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters since the engine was made or reset."""
+        compiled = self._compiled.stats
+        fields = {f.name: getattr(compiled, f.name) for f in dataclasses.fields(EngineStats)}
+        if self.batch_size == 1:
+            for name in ("history_length", "window_fill"):
+                fields[name] = fields[name][0] if fields[name] else 0
+        return EngineStats(**fields)
+
+    def reset(self) -> None:
+        """Forgets all sequences and counters; keeps the memory."""
+        self._compiled.reset()
