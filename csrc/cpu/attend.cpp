@@ -143,9 +143,8 @@ void Attend::add_keys_typed(const Queries& queries, const Keys& keys, int64_t fr
                             float* out) {
   // Blocks of rows share a tile of packed keys: large blocks pack less, many blocks balance.
   const int64_t wanted = (4 * threads_ + heads_ - 1) / heads_;
-  const int64_t block =
-      std::clamp<int64_t>((queries.rows + wanted - 1) / wanted, std::min<int64_t>(48, queries.rows),
-                          384);
+  const int64_t block = std::clamp<int64_t>((queries.rows + wanted - 1) / wanted,
+                                            std::min<int64_t>(48, queries.rows), 384);
   const int64_t blocks = (queries.rows + block - 1) / block;
 #pragma omp parallel for num_threads(threads_) schedule(dynamic)
   for (int64_t task = 0; task < heads_ * blocks; ++task) {

@@ -11,18 +11,13 @@
 
 #include "../runtime/workspace.h"
 #include "attend.h"
-#include "dense.h"
+#include "layer.h"
+#include "rope.h"
 #include "sample.h"
 
 namespace tlinformer {
 namespace cpu {
 namespace {
-
-struct Layer {
-  std::vector<float> attn_norm_weight, attn_norm_bias, mlp_norm_weight, mlp_norm_bias;
-  std::vector<float> qkv_bias, out_bias;
-  Matrix qkv, out, gate, up, down;
-};
 
 int default_threads() {
 #if defined(_OPENMP)
@@ -44,23 +39,20 @@ class CpuBackend final : public Backend {
         w_(Workspace::layout(config, plan.options(), plan.piece_rows())),
         base_(reinterpret_cast<float*>(arena_ + plan.find("workspace")->offset)),
         dense_(dtype_, threads_, base_ + w_.panel, w_.panel_rows),
+        rope_(config.head_dim(), config.rope_theta, threads_),
         attend_(config, dtype_, threads_, plan.options().batch_size, base_ + w_.normed,
                 base_ + w_.softmax) {
     require(dtype_ != DType::float16,
             "the CPU backend computes in float32 and bfloat16, not float16");
     require(weights.dtype == dtype_, "the weights are ", name_of(weights.dtype),
             ", the cache plan is ", name_of(dtype_), "; they must agree");
-    require(options.num_threads >= 0 && options.num_threads <= 4096, "num_threads = ",
-            options.num_threads, "; it must be 0 (all) to 4096");
+    require(options.num_threads >= 0 && options.num_threads <= 4096,
+            "num_threads = ", options.num_threads, "; it must be 0 (all) to 4096");
     touch(arena.bytes);
     embed_ = {weights.embed_tokens, nullptr, c_.vocab_size, c_.hidden_size};
-    norm_weight_ = floats(weights.norm_weight, c_.hidden_size);
-    norm_bias_ = floats(weights.norm_bias, c_.hidden_size);
-    for (const LayerWeights& from : weights.layers) layers_.push_back(make_layer(from));
-    for (int64_t i = 0; i < c_.head_dim(); i += 2) {
-      const double exponent = static_cast<double>(i) / static_cast<double>(c_.head_dim());
-      frequencies_.push_back(std::pow(c_.rope_theta, -exponent));
-    }
+    norm_weight_ = to_floats(dtype_, weights.norm_weight, c_.hidden_size);
+    norm_bias_ = to_floats(dtype_, weights.norm_bias, c_.hidden_size);
+    for (const LayerWeights& from : weights.layers) layers_.emplace_back(c_, dtype_, from);
     queries_.reserve(static_cast<size_t>(plan.options().batch_size));
   }
 
@@ -73,7 +65,11 @@ class CpuBackend final : public Backend {
     x_ = base_ + (stage.scope == Scope::window       ? w_.window
                   : stage.scope == Scope::compressed ? w_.compressed
                                                      : w_.history);
-    rope_table();
+    int64_t row = 0;
+    for (const Span& span : spans) {
+      rope_.angles(span.begin, span.rows, base_ + w_.rope + row * c_.head_dim());
+      row += span.rows;
+    }
     for (const Verb& verb : stage.verbs) {
       switch (verb.kind) {
         case Verb::Kind::embed:
@@ -108,8 +104,8 @@ class CpuBackend final : public Backend {
 
   int32_t sample(int64_t sequence, const SamplingParams& params, const uint8_t* seen,
                  int64_t position) override {
-    return sampler_.draw(logits() + sequence * c_.vocab_size, c_.vocab_size, params, seen,
-                         sequence, position);
+    return sampler_.draw(logits() + sequence * c_.vocab_size, c_.vocab_size, params, seen, sequence,
+                         position);
   }
 
  private:
@@ -123,34 +119,6 @@ class CpuBackend final : public Backend {
     }
   }
 
-  std::vector<float> floats(const void* from, int64_t n) const {
-    std::vector<float> to(static_cast<size_t>(n));
-    if (dtype_ == DType::bfloat16) {
-      kernels().b16.widen(static_cast<const bf16*>(from), n, to.data());
-    } else {
-      std::memcpy(to.data(), from, static_cast<size_t>(n) * sizeof(float));
-    }
-    return to;
-  }
-
-  Layer make_layer(const LayerWeights& from) const {
-    const int64_t d = c_.hidden_size, f = c_.intermediate_size;
-    const int64_t qkv = c_.query_dim() + 2 * c_.kv_dim();
-    Layer to;
-    to.attn_norm_weight = floats(from.attn_norm_weight, d);
-    to.attn_norm_bias = floats(from.attn_norm_bias, d);
-    to.mlp_norm_weight = floats(from.mlp_norm_weight, d);
-    to.mlp_norm_bias = floats(from.mlp_norm_bias, d);
-    to.qkv_bias = floats(from.qkv_proj_bias, qkv);
-    to.out_bias = floats(from.out_proj_bias, d);
-    to.qkv = {from.qkv_proj_weight, nullptr, qkv, d};
-    to.out = {from.out_proj_weight, nullptr, d, c_.query_dim()};
-    to.gate = {from.gate_proj_weight, nullptr, f, d};
-    to.up = {from.up_proj_weight, nullptr, f, d};
-    to.down = {from.down_proj_weight, nullptr, d, f};
-    return to;
-  }
-
   const Layer& layer(const Verb& verb) const {
     return layers_[static_cast<size_t>(verb.block * c_.block_depth + verb.layer)];
   }
@@ -160,35 +128,6 @@ class CpuBackend final : public Backend {
   // The stored stream serves one sequence at a time, from its position 0.
   char* stream() const {
     return arena_ + plan_.find("stream")->offset + row_bytes(spans_->front().begin);
-  }
-
-  // cos and sin of every row's angles. Positions reach millions: the angle and its reduction are
-  // float64, only the result is float32.
-  void rope_table() {
-    float* table = base_ + w_.rope;
-    const int64_t half = c_.head_dim() / 2;
-    for (const Span& span : *spans_) {
-#pragma omp parallel for num_threads(threads_) schedule(static) if (span.rows > 16)
-      for (int64_t row = 0; row < span.rows; ++row) {
-        float* to = table + row * c_.head_dim();
-        for (int64_t i = 0; i < half; ++i) {
-          const double angle =
-              static_cast<double>(span.begin + row) * frequencies_[static_cast<size_t>(i)];
-          to[2 * i] = static_cast<float>(std::cos(angle));
-          to[2 * i + 1] = static_cast<float>(std::sin(angle));
-        }
-      }
-      table += span.rows * c_.head_dim();
-    }
-  }
-
-  void rotate(const float* from, const float* angles, float scale, float* to) const {
-    for (int64_t i = 0; i < c_.head_dim(); i += 2) {
-      const float cosine = angles[i] * scale, sine = angles[i + 1] * scale;
-      const float even = from[i], odd = from[i + 1];
-      to[i] = even * cosine - odd * sine;
-      to[i + 1] = even * sine + odd * cosine;
-    }
   }
 
   void embed(const std::vector<const int32_t*>& tokens) {
@@ -242,9 +181,7 @@ class CpuBackend final : public Backend {
     const int64_t begin = verb.queries ? 0 : dq;
     const int64_t end = verb.writes ? dq + 2 * dkv : dq;
     float* wide = base_ + w_.wide;
-    Matrix matrix = layer.qkv;
-    matrix.bias = layer.qkv_bias.data();
-    dense_(matrix, begin, end, base_ + w_.normed, rows_, false, wide, end - begin);
+    dense_(layer.qkv, begin, end, base_ + w_.normed, rows_, false, wide, end - begin);
     int64_t row = 0;
     for (const Span& span : *spans_) {
       const float* from = wide + row * (end - begin);
@@ -275,7 +212,7 @@ class CpuBackend final : public Backend {
       const float* angles = base_ + w_.rope + (first_row + i) * d;
       if (verb.queries) {
         float* q = base_ + w_.query + (first_row + i) * dq;
-        for (int64_t h = 0; h < dq; h += d) rotate(line + h, angles, scale, q + h);
+        for (int64_t h = 0; h < dq; h += d) rope_.rotate(line + h, angles, scale, q + h);
         line += dq;
       }
       if (!verb.writes) continue;
@@ -283,7 +220,7 @@ class CpuBackend final : public Backend {
       float rotated[kMaxHeadDim];
       for (int64_t h = 0; h < c_.num_key_value_heads; ++h) {
         const int64_t at = h * keys.head_stride + slot * d;
-        rotate(line + h * d, angles, 1.0f, rotated);
+        rope_.rotate(line + h * d, angles, 1.0f, rotated);
         T* k = static_cast<T*>(const_cast<void*>(keys.k)) + at;
         T* v = static_cast<T*>(const_cast<void*>(keys.v)) + at;
         typed<T>(kernels()).narrow(rotated, d, k);
@@ -311,9 +248,7 @@ class CpuBackend final : public Backend {
 
   void finish(const Layer& layer) {
     const int64_t f = c_.intermediate_size;
-    Matrix out = layer.out;
-    out.bias = layer.out_bias.data();
-    dense_(out, base_ + w_.output, rows_, true, x_);
+    dense_(layer.out, base_ + w_.output, rows_, true, x_);
     norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
     float* gate = base_ + w_.wide;
     float* up = gate + rows_ * f;
@@ -358,12 +293,12 @@ class CpuBackend final : public Backend {
   Workspace w_;
   float* base_;
   Dense dense_;
+  Rope rope_;
   Attend attend_;
   Sampler sampler_;
   Matrix embed_;
   std::vector<float> norm_weight_, norm_bias_;
   std::vector<Layer> layers_;
-  std::vector<double> frequencies_;
 
   const std::vector<Span>* spans_ = nullptr;  // of the run under way
   std::vector<Queries> queries_;

@@ -94,7 +94,8 @@ void Dense::many_rows(const float* w, const float* bias, int64_t n, int64_t k, c
       if (bias) {
         for (int64_t i = 0; i < tile_m; ++i) {
           float* line = out + i * ldy;
-          for (int64_t c = 0; c < tile_n; ++c) line[c] = (accumulate ? line[c] : 0.0f) + bias[j + c];
+          for (int64_t c = 0; c < tile_n; ++c)
+            line[c] = (accumulate ? line[c] : 0.0f) + bias[j + c];
         }
       }
       constexpr int kRowMajor = 101, kNoTrans = 111, kTrans = 112;

@@ -30,8 +30,8 @@ class Dense {
   template <class T>
   void few_rows(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t m,
                 bool accumulate, float* y, int64_t ldy) const;
-  void many_rows(const float* w, const float* bias, int64_t n, int64_t k, const float* x,
-                 int64_t m, bool accumulate, float* y, int64_t ldy) const;
+  void many_rows(const float* w, const float* bias, int64_t n, int64_t k, const float* x, int64_t m,
+                 bool accumulate, float* y, int64_t ldy) const;
 
   DType dtype_;
   int threads_;

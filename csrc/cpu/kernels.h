@@ -24,7 +24,7 @@ struct TileArgs {
   int64_t begin = 0;     // keys [begin, end)
   int64_t end = 0;
   int64_t d = 0;
-  bool causal = false;    // row r reads keys 0 ... diagonal + r only
+  bool causal = false;  // row r reads keys 0 ... diagonal + r only
   int64_t diagonal = 0;
   float* scratch = nullptr;  // tile_scratch_floats(d)
 };

@@ -17,10 +17,9 @@ double uniform(uint64_t seed, int64_t sequence, int64_t position) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53} * c[0];
     const uint64_t b = uint64_t{0xCD9E8D57} * c[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k[0],
-                              static_cast<uint32_t>(b),
-                              static_cast<uint32_t>(a >> 32) ^ c[3] ^ k[1],
-                              static_cast<uint32_t>(a)};
+    const uint32_t next[4] = {
+        static_cast<uint32_t>(b >> 32) ^ c[1] ^ k[0], static_cast<uint32_t>(b),
+        static_cast<uint32_t>(a >> 32) ^ c[3] ^ k[1], static_cast<uint32_t>(a)};
     std::copy(next, next + 4, c);
     k[0] += 0x9E3779B9;
     k[1] += 0xBB67AE85;
@@ -51,8 +50,8 @@ int32_t Sampler::draw(const float* logits, int64_t vocab_size, const SamplingPar
   if (params.temperature == 0) return best.token;
 
   if (params.top_k > 0 && params.top_k < vocab_size) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + params.top_k - 1,
-                     candidates_.end(), likelier);
+    std::nth_element(candidates_.begin(), candidates_.begin() + params.top_k - 1, candidates_.end(),
+                     likelier);
     candidates_.resize(static_cast<size_t>(params.top_k));
   }
   const auto weight = [&](const Candidate& candidate) {

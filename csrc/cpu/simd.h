@@ -36,11 +36,8 @@ TLIN_INLINE float load1(const bf16* p) { return bits<float>(uint32_t{p->bits} <<
 TLIN_INLINE void store1(float* p, float x) { *p = x; }
 TLIN_INLINE void store1(bf16* p, float x) {  // round to nearest even; NaN stays NaN
   const uint32_t u = bits<uint32_t>(x);
-  p->bits = x != x ? uint16_t{0x7fc0}
-                   : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  p->bits = x != x ? uint16_t{0x7fc0} : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-
-TLIN_INLINE float lane(VecF v, int i) { return v[i]; }
 
 TLIN_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 TLIN_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
@@ -78,3 +75,4 @@ TLIN_INLINE VecF exp(VecF x) {
   const VecF result = p * bits<VecF>(exponent);
   return x == x ? result : x;
 }
+TLIN_INLINE float exp1(float x) { return exp(splat(x))[0]; }

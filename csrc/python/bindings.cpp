@@ -158,9 +158,8 @@ PYBIND11_MODULE(_C, m) {
         get("history_window_coefficient", c.history_window_coefficient);
         const py::object window = fields["history_window"];
         c.history_window = py::isinstance<py::str>(window) ? Config::kAuto : window.cast<int64_t>();
-        c.variant = fields["variant"].cast<std::string>() == "tconstformer"
-                        ? Variant::tconstformer
-                        : Variant::tlinformer;
+        c.variant = fields["variant"].cast<std::string>() == "tconstformer" ? Variant::tconstformer
+                                                                            : Variant::tlinformer;
         c.validate();
         return c;
       }))
@@ -191,9 +190,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<SamplingParams>(m, "SamplingParams")
       .def(py::init([](double temperature, int64_t top_k, double top_p, double min_p,
                        double repetition_penalty, uint64_t seed, Tokens stop_token_ids) {
-        return SamplingParams{temperature, top_k,
-                              top_p,       min_p,
-                              repetition_penalty, seed, std::move(stop_token_ids)};
+        return SamplingParams{
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, std::move(stop_token_ids)};
       }));
 
   py::class_<EngineStats>(m, "EngineStats")
@@ -206,8 +204,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("window_fill", &EngineStats::window_fill);
 
   py::class_<PyEngine>(m, "Engine")
-      .def(py::init<const Config&, const std::string&, const py::dict&, const CachePlan&,
-                    uintptr_t, int64_t, int>())
+      .def(py::init<const Config&, const std::string&, const py::dict&, const CachePlan&, uintptr_t,
+                    int64_t, int>())
       .def("prefill", &PyEngine::prefill)
       .def("step", &PyEngine::step)
       .def("generate", &PyEngine::generate)

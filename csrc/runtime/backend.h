@@ -51,16 +51,16 @@ struct Stage {
 };
 using Program = std::vector<Stage>;
 
-// The two programs; engine.cpp states them.
+// The two programs.
 Stage window_program(const Config& config);
 Program slide_program(const Config& config);
 
 // Consecutive rows of one sequence that a stage works on.
 struct Span {
   int64_t sequence = 0;
-  int64_t begin = 0;    // position of the first row
+  int64_t begin = 0;  // position of the first row
   int64_t rows = 0;
-  int64_t history = 0;  // C: tokens before the generation window
+  int64_t history = 0;     // C: tokens before the generation window
   int64_t compressed = 0;  // rows the history is compressed to: positions C - compressed ... C - 1
 };
 
@@ -73,6 +73,9 @@ struct Slots {
   int64_t base;  // position held by slot 0
 };
 Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span);
+
+// Multiply-adds of a stage over a span, about: the unit of progress.
+double cost(const Config& config, const Stage& stage, const Span& span);
 
 using Poll = std::function<void()>;  // throws Interrupted
 

@@ -1,7 +1,6 @@
-#include "tlinformer/cache.h"
-
 #include <algorithm>
 
+#include "tlinformer/cache.h"
 #include "tlinformer/error.h"
 #include "workspace.h"
 
@@ -21,10 +20,10 @@ int64_t choose_piece_rows(const Config& config, int64_t history) {
 void check_options(const CachePlanOptions& options) {
   constexpr int64_t kMostTokens = int64_t{1} << 40;
   constexpr int64_t kMostSequences = int64_t{1} << 20;
-  require(options.max_context >= 1 && options.max_context <= kMostTokens, "max_context = ",
-          options.max_context, "; it must be 1 to ", kMostTokens);
-  require(options.batch_size >= 1 && options.batch_size <= kMostSequences, "batch_size = ",
-          options.batch_size, "; it must be 1 to ", kMostSequences);
+  require(options.max_context >= 1 && options.max_context <= kMostTokens,
+          "max_context = ", options.max_context, "; it must be 1 to ", kMostTokens);
+  require(options.batch_size >= 1 && options.batch_size <= kMostSequences,
+          "batch_size = ", options.batch_size, "; it must be 1 to ", kMostSequences);
   require(options.memory_limit >= 0, "memory_limit = ", options.memory_limit,
           "; it must be at least 0 (0: unlimited)");
 }
@@ -41,11 +40,12 @@ CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options)
   config.validate();
   check_options(options);
   // More than this could overflow; no machine holds it anyway.
-  const double row = 2.0 * static_cast<double>(config.kv_dim()) * config.num_layers() * 8;
-  require<OutOfMemory>(row * static_cast<double>(options.max_context) *
-                               static_cast<double>(options.batch_size) < 4e18,
-                       "max_context = ", options.max_context, " with batch_size = ",
-                       options.batch_size, " needs more bytes than a machine can address");
+  const double row = 16.0 * static_cast<double>(config.kv_dim() * config.num_layers());
+  require<OutOfMemory>(
+      row * static_cast<double>(options.max_context) * static_cast<double>(options.batch_size) <
+          4e18,
+      "max_context = ", options.max_context, " with batch_size = ", options.batch_size,
+      " needs more bytes than a machine can address");
   CachePlan plan;
   plan.options_ = options;
   const int64_t history = config.history_at(options.max_context - 1);

@@ -50,12 +50,13 @@ void Config::validate() const {
   require(head_dim() % 2 == 0, "head size ", head_dim(),
           " (hidden_size / num_attention_heads) is odd; rotary embeddings need pairs");
   require(head_dim() <= 256, "head size ", head_dim(), " is above the limit of 256");
-  require(num_attention_heads % num_key_value_heads == 0, "num_attention_heads = ",
-          num_attention_heads, " is no multiple of num_key_value_heads = ", num_key_value_heads);
+  require(num_attention_heads % num_key_value_heads == 0,
+          "num_attention_heads = ", num_attention_heads,
+          " is no multiple of num_key_value_heads = ", num_key_value_heads);
   require(rope_theta > 0 && std::isfinite(rope_theta), "rope_theta = ", rope_theta,
           "; it must be positive");
-  require(layer_norm_eps > 0 && std::isfinite(layer_norm_eps), "layer_norm_eps = ",
-          layer_norm_eps, "; it must be positive");
+  require(layer_norm_eps > 0 && std::isfinite(layer_norm_eps), "layer_norm_eps = ", layer_norm_eps,
+          "; it must be positive");
   require(history_window_coefficient > 0 && std::isfinite(history_window_coefficient),
           "history_window_coefficient = ", history_window_coefficient, "; it must be positive");
 }
@@ -76,11 +77,11 @@ void SamplingParams::validate(int64_t vocab_size) const {
   require(top_k >= 0, "top_k = ", top_k, "; it must be at least 0 (0 keeps all tokens)");
   require(top_p > 0 && top_p <= 1, "top_p = ", top_p, "; it must be in (0, 1]");
   require(min_p >= 0 && min_p <= 1, "min_p = ", min_p, "; it must be in [0, 1]");
-  require(repetition_penalty > 0 && std::isfinite(repetition_penalty), "repetition_penalty = ",
-          repetition_penalty, "; it must be positive (1 is off)");
+  require(repetition_penalty > 0 && std::isfinite(repetition_penalty),
+          "repetition_penalty = ", repetition_penalty, "; it must be positive (1 is off)");
   for (int32_t id : stop_token_ids) {
-    require(id >= 0 && id < vocab_size, "stop token id ", id,
-            " is outside the vocabulary, 0 to ", vocab_size - 1);
+    require(id >= 0 && id < vocab_size, "stop token id ", id, " is outside the vocabulary, 0 to ",
+            vocab_size - 1);
   }
 }
 

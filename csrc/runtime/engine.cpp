@@ -1,113 +1,18 @@
-// The architecture, in verbs. Read window_program and slide_program, then Engine.
+// When a token is a hit and when the history slides; program.cpp states what either does.
 #include "tlinformer/engine.h"
 
 #include <algorithm>
 #include <numeric>
-#include <utility>
 
 #include "backend.h"
 
 namespace tlinformer {
-namespace {
-
-using Kind = Verb::Kind;
-
-Verb project(int block, int layer, bool queries, bool writes, Cache keys_values) {
-  Verb verb{Kind::project, block, layer};
-  verb.queries = queries;
-  verb.writes = writes;
-  verb.keys_values = keys_values;
-  return verb;
-}
-
-Verb attend(int block, int layer, bool causal, bool reads_context, Cache context) {
-  Verb verb{Kind::attend, block, layer};
-  verb.causal = causal;
-  verb.reads_context = reads_context;
-  verb.context = context;
-  return verb;
-}
-
-}  // namespace
-
-// New tokens through every layer. With one row per sequence this is a hit.
-Stage window_program(const Config& config) {
-  Stage stage{Scope::window, {{Kind::embed}}};
-  const int depth = static_cast<int>(config.block_depth);
-  for (int b = 0; b < config.num_blocks; ++b) {
-    for (int l = 0; l < depth; ++l) {
-      const bool compress = l == 0;
-      const bool reads_context = !compress || config.variant == Variant::tlinformer;
-      stage.verbs.push_back(project(b, l, true, true, Cache::window));
-      stage.verbs.push_back(
-          attend(b, l, true, reads_context, compress ? Cache::history : Cache::context));
-      stage.verbs.push_back({Kind::finish, b, l});
-    }
-  }
-  stage.verbs.push_back({Kind::head});
-  return stage;
-}
-
-// The compressed history anew. Its first stage covers only history that block 0 has not seen yet:
-// after hits there is none, because their window keys and values already lie where history goes.
-Program slide_program(const Config& config) {
-  const int blocks = static_cast<int>(config.num_blocks);
-  const int restore = static_cast<int>(config.block_depth) - 1;
-  Program program{{Scope::history, {{Kind::embed}, project(0, 0, false, true, Cache::history)}}};
-  for (int b = 0; b < blocks; ++b) {
-    Stage compressed{Scope::compressed, {}};
-    std::vector<Verb>& z = compressed.verbs;
-    if (b == 0) z.push_back({Kind::embed});  // later blocks: kept by the restore stage below
-    z.push_back(project(b, 0, true, false, Cache::history));
-    z.push_back(attend(b, 0, false, true, Cache::history));
-    z.push_back({Kind::finish, b, 0});
-    for (int l = 1; l < restore; ++l) {
-      z.push_back(project(b, l, true, true, Cache::context));
-      z.push_back(attend(b, l, false, true, Cache::context));
-      z.push_back({Kind::finish, b, l});
-    }
-    z.push_back(project(b, restore, false, true, Cache::context));
-    program.push_back(std::move(compressed));
-    if (b + 1 == blocks) break;  // nobody reads what the last block would restore
-
-    Stage restored{Scope::history, {}};
-    std::vector<Verb>& a = restored.verbs;
-    a.push_back({b == 0 ? Kind::embed : Kind::load});
-    a.push_back(project(b, 0, true, false, Cache::history));
-    a.push_back(attend(b, restore, false, true, Cache::context));
-    a.push_back({Kind::finish, b, restore});
-    if (b + 2 < blocks) a.push_back({Kind::store});
-    a.push_back({Kind::keep});
-    a.push_back(project(b + 1, 0, false, true, Cache::history));
-    program.push_back(std::move(restored));
-  }
-  return program;
-}
-
-Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span) {
-  const int64_t end = span.begin + span.rows;
-  switch (cache) {
-    case Cache::history:
-      return {plan.find("history", block, layer), 0, span.history, 0};
-    case Cache::context: {
-      const int64_t base = span.history - span.compressed;
-      return {plan.find("context", block, layer), 0, span.compressed, base};
-    }
-    case Cache::window:
-      break;
-  }
-  // Block 0's window continues its history, which is what lets a slide append without a copy.
-  if (block == 0 && layer == 0) {
-    return {plan.find("history", 0, 0), span.history, end - span.history, 0};
-  }
-  return {plan.find("window", block, layer), 0, end - span.history, span.history};
-}
 
 struct Engine::Impl {
   struct Sequence {
-    Tokens tokens;               // cached so far
-    int64_t slid_history = 0;    // history that the cache is compressed for; kStale: redo it
-    int64_t known_history = 0;   // rows of block 0's history that are cached
+    Tokens tokens;              // cached so far
+    int64_t slid_history = 0;   // history that the cache is compressed for; kStale: redo it
+    int64_t known_history = 0;  // rows of block 0's history that are cached
   };
   static constexpr int64_t kStale = -1;
 
@@ -127,28 +32,7 @@ struct Engine::Impl {
     return {sequence, begin, rows, history, config.compressed_rows(history)};
   }
 
-  // What the stage costs over a span, in multiply-adds: the unit of progress.
-  double cost(const Stage& stage, const Span& span) const {
-    const double width = static_cast<double>(config.hidden_size);
-    double sum = 0;
-    for (const Verb& verb : stage.verbs) {
-      if (verb.kind == Kind::project) {
-        sum += width * (verb.queries * config.query_dim() + verb.writes * 2 * config.kv_dim());
-      } else if (verb.kind == Kind::finish) {
-        sum += width * (width + 3.0 * config.intermediate_size);
-      } else if (verb.kind == Kind::attend) {
-        const int64_t keys =
-            (verb.causal ? span.rows / 2 : 0) +
-            (verb.reads_context
-                 ? (verb.context == Cache::history ? span.history : span.compressed)
-                 : 0);
-        sum += 2.0 * static_cast<double>(keys * config.query_dim());
-      }
-    }
-    return sum * static_cast<double>(span.rows);
-  }
-
-  // Reports progress in [begin, end) of the whole call while `total` cost is worked off.
+  // Turns work done into a share of the call's whole work.
   struct Meter {
     const Progress* progress;
     double total = 0;
@@ -171,7 +55,7 @@ struct Engine::Impl {
       span_tokens.push_back(sequence.tokens.data() + span.begin);
     }
     backend->run(stage, over, span_tokens, [&meter] { meter.poll(); });
-    for (const Span& span : over) meter.done += cost(stage, span);
+    for (const Span& span : over) meter.done += cost(config, stage, span);
   }
 
   // Rows of the history that a slide's stage covers: the first stage only the unknown ones.
@@ -188,7 +72,7 @@ struct Engine::Impl {
   double slide_cost(int64_t index, int64_t history) const {
     double sum = 0;
     for (size_t i = 0; i < slide_stages.size(); ++i) {
-      sum += cost(slide_stages[i], slide_span(i, index, history));
+      sum += cost(config, slide_stages[i], slide_span(i, index, history));
     }
     return sum;
   }
@@ -216,8 +100,8 @@ struct Engine::Impl {
   void prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
     const CachePlanOptions& options = plan.options();
     require(!prompts.empty() && static_cast<int64_t>(prompts.size()) <= options.batch_size,
-            "prefill got ", prompts.size(), " prompts; this engine holds 1 to ",
-            options.batch_size, " sequences (batch_size)");
+            "prefill got ", prompts.size(), " prompts; this engine holds 1 to ", options.batch_size,
+            " sequences (batch_size)");
     for (size_t i = 0; i < prompts.size(); ++i) {
       const int64_t length = static_cast<int64_t>(prompts[i].size());
       require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
@@ -233,7 +117,7 @@ struct Engine::Impl {
       const int64_t length = static_cast<int64_t>(prompts[i].size());
       const int64_t history = config.history_at(length - 1);
       meter.total += slide_cost(static_cast<int64_t>(i), history) +
-                     cost(window, span_of(0, history, length - history, history));
+                     cost(config, window, span_of(0, history, length - history, history));
     }
     try {
       for (size_t i = 0; i < prompts.size(); ++i) {
@@ -286,7 +170,7 @@ struct Engine::Impl {
     slid = 0;
     for (const Span& span : spans) {
       for (const Verb& verb : window.verbs) {
-        if (verb.kind != Kind::attend) continue;
+        if (verb.kind != Verb::Kind::attend) continue;
         stats.rows_read += span.begin + 1 - span.history;
         if (verb.reads_context) {
           stats.rows_read += verb.context == Cache::history ? span.history : span.compressed;
@@ -312,8 +196,8 @@ struct Engine::Impl {
     for (int64_t i = 0; i < active; ++i) {
       const int64_t held = static_cast<int64_t>(sequences[static_cast<size_t>(i)].tokens.size());
       require(held + tokens <= plan.options().max_context, "sequence ", i, " holds ", held,
-              " tokens and cannot take ", tokens, " more: max_context = ",
-              plan.options().max_context,
+              " tokens and cannot take ", tokens,
+              " more: max_context = ", plan.options().max_context,
               "; create the engine with a larger one or ask for fewer tokens");
     }
   }

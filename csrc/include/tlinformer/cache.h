@@ -10,8 +10,8 @@
 namespace tlinformer {
 
 struct CachePlanOptions {
-  int64_t max_context = 0;   // tokens a sequence may hold: prompt and generated together
-  int64_t batch_size = 1;    // sequences
+  int64_t max_context = 0;  // tokens a sequence may hold: prompt and generated together
+  int64_t batch_size = 1;   // sequences
   DType dtype = DType::float32;
   int64_t memory_limit = 0;  // bytes the plan must fit in; 0: unlimited
 };

@@ -1,0 +1,205 @@
+// The attention kernels; included by kernels_impl.h inside the namespace of an instruction set.
+
+template <class T>
+TLIN_INLINE float dot(const float* q, const T* k, int64_t d) {
+  VecF acc{};
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) acc += load(q + i) * load(k + i);
+  float tail = 0;
+  for (; i < d; ++i) tail += q[i] * load1(k + i);
+  return sum(acc) + tail;
+}
+
+// out[0..d) += sum over 4 rows of p[row] * v[row]: one load and store of out for four of v.
+template <class T>
+TLIN_INLINE void add_rows(const float* p, const T* v, int64_t rows, int64_t d, float* out) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, v += 4 * d) {
+    int64_t i = 0;
+    for (; i + kLanes <= d; i += kLanes) {
+      VecF acc = load(out + i);
+      for (int r = 0; r < 4; ++r) acc += splat(p[row + r]) * load(v + r * d + i);
+      store(out + i, acc);
+    }
+    for (; i < d; ++i) {
+      for (int r = 0; r < 4; ++r) out[i] += p[row + r] * load1(v + r * d + i);
+    }
+  }
+  for (; row < rows; ++row, v += d) {
+    for (int64_t i = 0; i < d; ++i) out[i] += p[row] * load1(v + i);
+  }
+}
+
+// Turns scores into p = e^(score - m) in place, n a multiple of kLanes; returns the new maximum,
+// adds to the sum. Masked scores are -infinity.
+TLIN_INLINE float softmax_step(float* scores, int64_t n, float maximum, float* total) {
+  VecF top = splat(maximum);
+  for (int64_t i = 0; i < n; i += kLanes) top = max(load(scores + i), top);
+  const float m = largest(top);
+  if (m == kMinusInfinity) {  // nothing visible yet
+    for (int64_t i = 0; i < n; ++i) scores[i] = 0;
+    return m;
+  }
+  VecF acc{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VecF score = load(scores + i);
+    VecF p = exp(score - splat(m));
+    p = score == splat(kMinusInfinity) ? VecF{} : p;
+    store(scores + i, p);
+    acc += p;
+  }
+  *total += sum(acc);
+  return m;
+}
+
+template <class T>
+void decode(const float* q, int64_t g, const T* k, const T* v, int64_t begin, int64_t end,
+            int64_t d, float* out) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t h = 0; h < g; ++h) {
+    float* state = out + h * (d + 2);
+    state[0] = kMinusInfinity;
+    for (int64_t i = 1; i < d + 2; ++i) state[i] = 0;
+  }
+  float scores[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = end - first < kBlock ? end - first : kBlock;
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    for (int64_t h = 0; h < g; ++h) {
+      float* state = out + h * (d + 2);
+      for (int64_t i = 0; i < n; ++i) scores[i] = dot(q + h * d, k + (first + i) * d, d);
+      for (int64_t i = n; i < padded; ++i) scores[i] = kMinusInfinity;
+      float total = 0;
+      const float before = state[0];
+      state[0] = softmax_step(scores, padded, before, &total);
+      if (state[0] != before && before != kMinusInfinity) {
+        const float shrink = exp1(before - state[0]);
+        for (int64_t i = 1; i < d + 2; ++i) state[i] *= shrink;
+      }
+      state[1] += total;
+      add_rows(scores, v + first * d, n, d, state + 2);
+    }
+  }
+}
+
+// scores[r][0..n) = q[r] . kt[:, 0..n) for R rows, kVectors vectors of keys at a time.
+constexpr int kTileRows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 3;
+constexpr int kVectors = kLanes == 16 ? 4 : 4;
+
+template <int R>
+TLIN_INLINE void score_rows(const float* q, int64_t ldq, const float* kt, int64_t d, int64_t n,
+                            float* scores) {
+  for (int64_t first = 0; first < n; first += kVectors * kLanes) {
+    VecF acc[R][kVectors] = {};
+    for (int64_t i = 0; i < d; ++i) {
+      VecF keys[kVectors];
+      for (int c = 0; c < kVectors; ++c) keys[c] = load(kt + i * kTileKeys + first + c * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const VecF x = splat(q[r * ldq + i]);
+        for (int c = 0; c < kVectors; ++c) acc[r][c] += x * keys[c];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < kVectors; ++c) {
+        store(scores + r * kTileKeys + first + c * kLanes, acc[r][c]);
+      }
+    }
+  }
+}
+
+// out[r][0..C vectors) += sum over n keys of p[r][key] * vt[key], vt's rows `ldv` apart.
+template <int R, int C>
+TLIN_INLINE void value_rows(const float* p, const float* vt, int64_t ldv, int64_t n, float* out) {
+  VecF acc[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * kMaxHeadDim + c * kLanes);
+  }
+  for (int64_t key = 0; key < n; ++key) {
+    VecF values[C];
+    for (int c = 0; c < C; ++c) values[c] = load(vt + key * ldv + c * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const VecF x = splat(p[r * kTileKeys + key]);
+      for (int c = 0; c < C; ++c) acc[r][c] += x * values[c];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) store(out + r * kMaxHeadDim + c * kLanes, acc[r][c]);
+  }
+}
+
+template <int R, class T>
+TLIN_INLINE void tile_rows(const TileArgs<T>& a, int64_t row, int64_t first, int64_t n,
+                           const float* kt, const float* vt, int64_t ldv) {
+  alignas(64) float scores[R * kTileKeys];
+  alignas(64) float out[R * kMaxHeadDim];
+  constexpr int64_t kStep = kVectors * kLanes;
+  int64_t visible = n;  // of the last row: the most any row of this group sees
+  if (a.causal) {
+    const int64_t last = a.diagonal + row + R - first;
+    if (last <= 0) return;
+    visible = last < n ? last : n;
+  }
+  const int64_t padded = (visible + kStep - 1) / kStep * kStep;
+  score_rows<R>(a.q + row * a.ldq, a.ldq, kt, a.d, padded, scores);
+  for (int r = 0; r < R; ++r) {
+    float* s = scores + r * kTileKeys;
+    const int64_t limit = a.diagonal + row + r + 1 - first;
+    const int64_t sees = a.causal && limit < visible ? (limit > 0 ? limit : 0) : visible;
+    for (int64_t i = sees; i < padded; ++i) s[i] = kMinusInfinity;
+    float* state = a.state + (row + r) * a.ld_state;
+    float total = 0;
+    const float before = state[0];
+    state[0] = softmax_step(s, padded, before, &total);
+    const float shrink = before == kMinusInfinity ? 0.0f : exp1(before - state[0]);
+    state[1] = state[1] * shrink + total;
+    const float* from = a.out + (row + r) * a.ldq;
+    for (int64_t i = 0; i < a.d; ++i) out[r * kMaxHeadDim + i] = from[i] * shrink;
+    for (int64_t i = a.d; i < ldv; ++i) out[r * kMaxHeadDim + i] = 0;
+  }
+  for (int64_t i = 0; i < ldv;) {
+    const int64_t vectors = (ldv - i) / kLanes;
+    if (vectors >= 4) {
+      value_rows<R, 4>(scores, vt + i, ldv, visible, out + i);
+      i += 4 * kLanes;
+    } else if (vectors == 3) {
+      value_rows<R, 3>(scores, vt + i, ldv, visible, out + i);
+      i += 3 * kLanes;
+    } else if (vectors == 2) {
+      value_rows<R, 2>(scores, vt + i, ldv, visible, out + i);
+      i += 2 * kLanes;
+    } else {
+      value_rows<R, 1>(scores, vt + i, ldv, visible, out + i);
+      i += kLanes;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float* to = a.out + (row + r) * a.ldq;
+    for (int64_t i = 0; i < a.d; ++i) to[i] = out[r * kMaxHeadDim + i];
+  }
+}
+
+template <class T>
+void tile(const TileArgs<T>& a) {
+  const int64_t ldv = (a.d + kLanes - 1) / kLanes * kLanes;
+  float* kt = a.scratch;             // (d, kTileKeys): keys transposed
+  float* vt = kt + a.d * kTileKeys;  // (kTileKeys, ldv): values, rows padded with zeros
+  for (int64_t first = a.begin; first < a.end; first += kTileKeys) {
+    const int64_t n = a.end - first < kTileKeys ? a.end - first : kTileKeys;
+    if (a.causal && first > a.diagonal + a.rows - 1) break;
+    for (int64_t key = 0; key < n; ++key) {
+      const T* k = a.k + (first + key) * a.d;
+      const T* v = a.v + (first + key) * a.d;
+      for (int64_t i = 0; i < a.d; ++i) kt[i * kTileKeys + key] = load1(k + i);
+      for (int64_t i = 0; i < a.d; ++i) vt[key * ldv + i] = load1(v + i);
+      for (int64_t i = a.d; i < ldv; ++i) vt[key * ldv + i] = 0;
+    }
+    for (int64_t i = 0; i < a.d && n < kTileKeys; ++i) {
+      for (int64_t key = n; key < kTileKeys; ++key) kt[i * kTileKeys + key] = 0;
+    }
+    int64_t row = 0;
+    for (; row + kTileRows <= a.rows; row += kTileRows) {
+      tile_rows<kTileRows>(a, row, first, n, kt, vt, ldv);
+    }
+    for (; row < a.rows; ++row) tile_rows<1>(a, row, first, n, kt, vt, ldv);
+  }
+}

@@ -1,0 +1,120 @@
+// The architecture, in verbs: what new tokens do, and what a slide does (paper section 3).
+#include <utility>
+
+#include "backend.h"
+
+namespace tlinformer {
+namespace {
+
+using Kind = Verb::Kind;
+
+Verb project(int block, int layer, bool queries, bool writes, Cache keys_values) {
+  Verb verb{Kind::project, block, layer};
+  verb.queries = queries;
+  verb.writes = writes;
+  verb.keys_values = keys_values;
+  return verb;
+}
+
+Verb attend(int block, int layer, bool causal, bool reads_context, Cache context) {
+  Verb verb{Kind::attend, block, layer};
+  verb.causal = causal;
+  verb.reads_context = reads_context;
+  verb.context = context;
+  return verb;
+}
+
+}  // namespace
+
+// New tokens through every layer. With one row per sequence this is a hit.
+Stage window_program(const Config& config) {
+  Stage stage{Scope::window, {{Kind::embed}}};
+  const int depth = static_cast<int>(config.block_depth);
+  for (int b = 0; b < config.num_blocks; ++b) {
+    for (int l = 0; l < depth; ++l) {
+      const bool compress = l == 0;
+      const bool reads_context = !compress || config.variant == Variant::tlinformer;
+      stage.verbs.push_back(project(b, l, true, true, Cache::window));
+      stage.verbs.push_back(
+          attend(b, l, true, reads_context, compress ? Cache::history : Cache::context));
+      stage.verbs.push_back({Kind::finish, b, l});
+    }
+  }
+  stage.verbs.push_back({Kind::head});
+  return stage;
+}
+
+// The compressed history anew. Its first stage covers only history that block 0 has not seen yet:
+// after hits there is none, because their window keys and values already lie where history goes.
+Program slide_program(const Config& config) {
+  const int blocks = static_cast<int>(config.num_blocks);
+  const int restore = static_cast<int>(config.block_depth) - 1;
+  Program program{{Scope::history, {{Kind::embed}, project(0, 0, false, true, Cache::history)}}};
+  for (int b = 0; b < blocks; ++b) {
+    Stage compressed{Scope::compressed, {}};
+    std::vector<Verb>& z = compressed.verbs;
+    if (b == 0) z.push_back({Kind::embed});  // later blocks: kept by the restore stage below
+    z.push_back(project(b, 0, true, false, Cache::history));
+    z.push_back(attend(b, 0, false, true, Cache::history));
+    z.push_back({Kind::finish, b, 0});
+    for (int l = 1; l < restore; ++l) {
+      z.push_back(project(b, l, true, true, Cache::context));
+      z.push_back(attend(b, l, false, true, Cache::context));
+      z.push_back({Kind::finish, b, l});
+    }
+    z.push_back(project(b, restore, false, true, Cache::context));
+    program.push_back(std::move(compressed));
+    if (b + 1 == blocks) break;  // nobody reads what the last block would restore
+
+    Stage restored{Scope::history, {}};
+    std::vector<Verb>& a = restored.verbs;
+    a.push_back({b == 0 ? Kind::embed : Kind::load});
+    a.push_back(project(b, 0, true, false, Cache::history));
+    a.push_back(attend(b, restore, false, true, Cache::context));
+    a.push_back({Kind::finish, b, restore});
+    if (b + 2 < blocks) a.push_back({Kind::store});
+    a.push_back({Kind::keep});
+    a.push_back(project(b + 1, 0, false, true, Cache::history));
+    program.push_back(std::move(restored));
+  }
+  return program;
+}
+
+Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span) {
+  const int64_t end = span.begin + span.rows;
+  switch (cache) {
+    case Cache::history:
+      return {plan.find("history", block, layer), 0, span.history, 0};
+    case Cache::context: {
+      const int64_t base = span.history - span.compressed;
+      return {plan.find("context", block, layer), 0, span.compressed, base};
+    }
+    case Cache::window:
+      break;
+  }
+  // Block 0's window continues its history, which is what lets a slide append without a copy.
+  if (block == 0 && layer == 0) {
+    return {plan.find("history", 0, 0), span.history, end - span.history, 0};
+  }
+  return {plan.find("window", block, layer), 0, end - span.history, span.history};
+}
+
+double cost(const Config& config, const Stage& stage, const Span& span) {
+  const double width = static_cast<double>(config.hidden_size);
+  double sum = 0;
+  for (const Verb& verb : stage.verbs) {
+    if (verb.kind == Verb::Kind::project) {
+      sum += width * static_cast<double>(verb.queries * config.query_dim() +
+                                         verb.writes * 2 * config.kv_dim());
+    } else if (verb.kind == Verb::Kind::finish) {
+      sum += width * (width + 3.0 * static_cast<double>(config.intermediate_size));
+    } else if (verb.kind == Verb::Kind::attend) {
+      const int64_t context = verb.context == Cache::history ? span.history : span.compressed;
+      const int64_t keys = verb.causal * span.rows / 2 + verb.reads_context * context;
+      sum += 2.0 * static_cast<double>(keys * config.query_dim());
+    }
+  }
+  return sum * static_cast<double>(span.rows);
+}
+
+}  // namespace tlinformer

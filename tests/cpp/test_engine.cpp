@@ -1,0 +1,232 @@
+// The engine without Python: a cached token equals an uncached one wherever the prompt is cut,
+// with everything outside the valid cache poisoned. (That the numbers are right is checked against
+// the golden vectors from Python.)
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/kernels.h"
+#include "tlinformer/engine.h"
+
+using namespace tlinformer;
+
+namespace {
+
+// A model with random weights of either dtype, owning their memory.
+struct Model {
+  Config config;
+  Weights weights;
+  std::vector<std::vector<char>> storage;
+  std::mt19937 generator{7};
+
+  const void* tensor(int64_t n, float scale, float shift = 0) {
+    std::normal_distribution<float> draw(shift, scale);
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& value : values) value = draw(generator);
+    storage.emplace_back(static_cast<size_t>(n * size_of(weights.dtype)));
+    if (weights.dtype == DType::float32) {
+      std::memcpy(storage.back().data(), values.data(), storage.back().size());
+    } else {
+      cpu::kernels().b16.narrow(values.data(), n,
+                                reinterpret_cast<cpu::bf16*>(storage.back().data()));
+    }
+    return storage.back().data();
+  }
+
+  Model(const Config& c, DType dtype) : config(c) {
+    weights.dtype = dtype;
+    const int64_t d = c.hidden_size, f = c.intermediate_size, qkv = c.query_dim() + 2 * c.kv_dim();
+    const float in = 1 / std::sqrt(float(d));
+    weights.embed_tokens = tensor(c.vocab_size * d, 1);
+    weights.norm_weight = tensor(d, 0.2f, 1);
+    weights.norm_bias = tensor(d, 0.2f);
+    for (int64_t i = 0; i < c.num_layers(); ++i) {
+      LayerWeights layer;
+      layer.attn_norm_weight = tensor(d, 0.2f, 1);
+      layer.attn_norm_bias = tensor(d, 0.2f);
+      layer.qkv_proj_weight = tensor(qkv * d, in);
+      layer.qkv_proj_bias = tensor(qkv, 0.2f);
+      layer.out_proj_weight = tensor(d * d, in);
+      layer.out_proj_bias = tensor(d, 0.2f);
+      layer.mlp_norm_weight = tensor(d, 0.2f, 1);
+      layer.mlp_norm_bias = tensor(d, 0.2f);
+      layer.gate_proj_weight = tensor(f * d, in);
+      layer.up_proj_weight = tensor(f * d, in);
+      layer.down_proj_weight = tensor(d * f, 1 / std::sqrt(float(f)));
+      weights.layers.push_back(layer);
+    }
+  }
+};
+
+Config small_config() {
+  Config c;
+  c.vocab_size = 37;
+  c.hidden_size = 24;
+  c.num_attention_heads = 4;
+  c.num_key_value_heads = 2;
+  c.num_blocks = 3;
+  c.block_depth = 3;
+  c.history_window = 5;
+  c.generation_window = 4;
+  c.intermediate_size = 40;
+  return c;
+}
+
+// An engine on an arena of its own that is exactly as large as planned and full of NaN.
+struct Owned {
+  CachePlan plan;
+  std::vector<char> memory;
+  Engine engine;
+  static char* aligned(std::vector<char>& memory) {
+    const auto at = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + (64 - at % 64) % 64;
+  }
+  Owned(const Model& model, int64_t max_context, int64_t batch, int threads)
+      : plan(CachePlan::make(model.config, {max_context, batch, model.weights.dtype})),
+        memory(static_cast<size_t>(plan.total_bytes()) + 64, char(0xff)),
+        engine(model.config, model.weights, plan, {aligned(memory), plan.total_bytes()},
+               {threads}) {}
+  std::vector<float> logits() const {
+    const float* from = engine.logits();
+    return {from, from + engine.sequences() * engine.config().vocab_size};
+  }
+};
+
+Tokens tokens_of(int64_t length, const Config& config) {
+  Tokens tokens;
+  for (int64_t i = 0; i < length; ++i)
+    tokens.push_back(int32_t((i * i + 3 * i) % config.vocab_size));
+  return tokens;
+}
+
+void check_same(const std::vector<float>& a, const std::vector<float>& b, double tolerance) {
+  CHECK(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); ++i) CHECK_CLOSE(a[i], b[i], tolerance);
+}
+
+void test_every_cut(const Config& config, DType dtype, int threads, double tolerance) {
+  const Model model(config, dtype);
+  const Tokens tokens = tokens_of(23, config);
+  std::vector<std::vector<float>> uncached;
+  for (size_t length = 1; length <= tokens.size(); ++length) {
+    Owned owned(model, 23, 1, threads);
+    owned.engine.prefill({Tokens(tokens.begin(), tokens.begin() + int64_t(length))});
+    uncached.push_back(owned.logits());
+  }
+  for (size_t cut = 1; cut < tokens.size(); ++cut) {
+    Owned owned(model, 23, 1, threads);
+    owned.engine.prefill({Tokens(tokens.begin(), tokens.begin() + int64_t(cut))});
+    for (size_t i = cut; i < tokens.size(); ++i) {
+      owned.engine.step({tokens[i]});
+      check_same(owned.logits(), uncached[i], tolerance);
+    }
+  }
+}
+
+void test_batch(const Config& config) {
+  const Model model(config, DType::float32);
+  const std::vector<Tokens> prompts{tokens_of(3, config), tokens_of(14, config),
+                                    tokens_of(8, config)};
+  Owned batch(model, 40, 3, 2);
+  batch.engine.prefill(prompts);
+  const auto together = batch.engine.generate(20, {});
+  const auto logits = batch.logits();
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    Owned single(model, 40, 1, 1);
+    single.engine.prefill({prompts[i]});
+    CHECK(single.engine.generate(20, {})[0] == together[i]);
+    const auto row = logits.begin() + int64_t(i) * config.vocab_size;
+    check_same({row, row + config.vocab_size}, single.logits(), 1e-4);
+  }
+}
+
+void test_interruption(const Config& config) {
+  const Model model(config, DType::float32);
+  const Tokens tokens = tokens_of(16, config);  // the 17th token slides
+  Owned whole(model, 40, 1, 1), cut(model, 40, 1, 1);
+  whole.engine.prefill({tokens});
+  whole.engine.step({5});
+  const Progress never = [](double) { return false; };
+  check_throws<Interrupted>("interrupted", [&] { cut.engine.prefill({tokens}, never); });
+  CHECK(cut.engine.sequences() == 0);
+  check_throws<InvalidArgument>("prefill first", [&] { cut.engine.step({5}); });
+  double last = 0;
+  cut.engine.prefill({tokens}, [&](double share) {
+    CHECK(share >= last && share <= 1);
+    last = share;
+    return true;
+  });
+  CHECK(last == 1);
+  int calls = 0;  // interrupted in the middle of a slide, then asked again: nothing is lost
+  check_throws<Interrupted>("interrupted",
+                            [&] { cut.engine.step({5}, [&](double) { return ++calls < 3; }); });
+  CHECK(cut.engine.stats().history_length[0] == 12);
+  cut.engine.step({5});
+  check_same(cut.logits(), whole.logits(), 0);
+}
+
+void test_errors(const Config& config) {
+  const Model model(config, DType::float32);
+  Owned owned(model, 10, 2, 1);
+  Engine& engine = owned.engine;
+  check_throws<InvalidArgument>("empty", [&] { engine.prefill({Tokens{}}); });
+  check_throws<InvalidArgument>("max_context = 10", [&] { engine.prefill({Tokens(11, 1)}); });
+  check_throws<InvalidArgument>("37", [&] { engine.prefill({Tokens{37}}); });
+  check_throws<InvalidArgument>("batch_size", [&] { engine.prefill(std::vector<Tokens>(3, {1})); });
+  engine.prefill({{1, 2, 3}, {4}});
+  check_throws<InvalidArgument>("one each", [&] { engine.step({1}); });
+  check_throws<InvalidArgument>("-1", [&] { engine.step({1, -1}); });
+  check_throws<InvalidArgument>("max_context = 10", [&] { engine.generate(8, {}); });
+  SamplingParams bad;
+  bad.top_p = 0;
+  check_throws<InvalidArgument>("top_p", [&] { engine.generate(1, bad); });
+  engine.generate(7, {});  // still usable, exactly full
+  check_throws<InvalidArgument>("cannot take", [&] { engine.step({1, 1}); });
+  const CachePlanOptions roomy{1000, 1, DType::float32};
+  const int64_t bytes = CachePlan::make(config, roomy).total_bytes();
+  CachePlanOptions tight = roomy;
+  tight.max_context = 2000;
+  tight.memory_limit = bytes;
+  check_throws<OutOfMemory>("max_context = 100", [&] { CachePlan::make(config, tight); });
+  check_throws<InvalidArgument>(
+      "arena", [&] { Engine(config, model.weights, owned.plan, {owned.memory.data(), 10}); });
+  Config odd = config;
+  odd.num_key_value_heads = 3;
+  check_throws<InvalidArgument>("num_key_value_heads", [&] { odd.validate(); });
+}
+
+void test_plan(const Config& config) {
+  const CachePlan plan = CachePlan::make(config, {1001, 2, DType::bfloat16});
+  int64_t end = 0;
+  for (const Region& region : plan.regions()) {
+    CHECK(region.offset >= end && region.offset % CachePlan::kAlignment == 0 && region.bytes > 0);
+    end = region.offset + region.bytes;
+  }
+  CHECK(end <= plan.total_bytes());
+  const int64_t rows = 3 * 1000 + 3 * 2 * 5 + 3 * 3 * 4;  // history, context, window
+  CHECK(plan.cache_bytes() == 2 * 2 * 2 * config.kv_dim() * rows);
+}
+
+}  // namespace
+
+int main() {
+  Config config = small_config();
+  test_every_cut(config, DType::float32, 1, 1e-4);
+  test_every_cut(config, DType::float32, 2, 1e-4);
+  test_every_cut(config, DType::bfloat16, 2, 0.15);  // keys cached in 8 bits of mantissa
+  config.num_blocks = 1;
+  config.block_depth = 2;
+  config.history_window = Config::kAuto;
+  config.variant = Variant::tconstformer;
+  test_every_cut(config, DType::float32, 2, 1e-4);
+  config = small_config();
+  config.generation_window = 1;
+  test_every_cut(config, DType::float32, 2, 1e-4);
+  config = small_config();
+  test_batch(config);
+  test_interruption(config);
+  test_errors(config);
+  test_plan(config);
+}
