@@ -1,0 +1,222 @@
+"""The CPU engine beside its limits and a PyTorch static-cache implementation, in one run.
+
+    python benchmarks/cpu.py speed  --json benchmarks/results/cpu_speed.json
+    python benchmarks/cpu.py memory --json benchmarks/results/cpu_memory.json
+
+`speed` prints, for the paper's 41M model, the time of a cache hit over the time its bytes take at
+the read bandwidth measured in the same run, and the rate of a prefill's dense products over the
+matrix-product rate measured in the same run. `memory` prints how much the resident set grows over
+5,000 generated tokens and at the peak of a prefill of 100,000. Absolute times mean little on a
+shared machine; the ratios are the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_peer import StaticCacheModel
+
+import tlinformer
+from tlinformer import Engine, SamplingParams, TLinFormerConfig, TLinFormerForCausalLM
+
+PAPER_41M = {"vocab_size": 50257, "hidden_size": 432, "num_attention_heads": 12}
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a sum over 1 GiB: the best of several, larger than any cache."""
+    x = torch.rand(2**28)
+    return x.numel() * 4 / min(seconds(x.sum) for _ in range(5))
+
+
+def matrix_rate() -> float:
+    """FLOP/s of a square float32 product: the best of several."""
+    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def hit_bytes(model: TLinFormerForCausalLM, element: int, history: int, fill: int) -> int:
+    """Weights and cache rows that one token has to read (paper §3.3)."""
+    c = model.config
+    z = min(history, c.history_window_at(history))
+    rows = c.num_blocks * (history + (c.block_depth - 1) * z + c.block_depth * fill)
+    weights = sum(p.numel() for p in model.parameters())
+    return element * (weights + 2 * c.kv_heads * c.head_dim * rows)
+
+
+def dense_flops(config: TLinFormerConfig, history: int) -> float:
+    """Products with weight matrices over the history, each needed one once."""
+    d, f, kv = config.hidden_size, config.mlp_size, config.kv_heads * config.head_dim
+    keys_values = config.num_blocks * 2 * d * 2 * kv
+    restore = (config.num_blocks - 1) * (2 * d * d + 2 * d * d + 3 * 2 * d * f)
+    return float(history * (keys_values + restore))
+
+
+def environment() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [s for s in cpuinfo.read_text().splitlines() if "model name" in s] if cpuinfo.exists() else []
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "instruction_set": tlinformer._C.instruction_set(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    config = TLinFormerConfig(**PAPER_41M)
+    model = TLinFormerForCausalLM(config).eval()
+    hits, prefills = [], []
+    for history in args.histories:
+        ids = torch.randint(config.vocab_size, (1, history + 1))
+        room = history + 2 * args.tokens
+        runners: dict[str, Any] = {
+            "engine float32": Engine(model, max_context=room),
+            "engine bfloat16": Engine(model, max_context=room, dtype=torch.bfloat16),
+            "PyTorch float32": StaticCacheModel(model, room),
+        }
+        steps: dict[str, list[float]] = {name: [] for name in runners}
+        bandwidth = [read_bandwidth()]
+        for name, runner in runners.items():
+            prompt = ids if isinstance(runner, Engine) else ids[0]
+            rate = matrix_rate()
+            took = min(seconds(lambda r=runner, p=prompt: r.prefill(p)) for _ in range(2))
+            flops = dense_flops(config, history)
+            prefills.append(
+                {
+                    "what": name,
+                    "history": history,
+                    "seconds": took,
+                    "dense_gflop": flops / 1e9,
+                    "sgemm_gflops": rate / 1e9,
+                    "share_of_sgemm": flops / took / rate,
+                }
+            )
+        for i in range(args.tokens):  # interleaved: what disturbs the machine disturbs all
+            token = ids[:, i]
+            for name, runner in runners.items():
+                t = token if isinstance(runner, Engine) else token[0]
+                steps[name].append(seconds(lambda r=runner, t=t: r.step(t)))
+        bandwidth.append(read_bandwidth())
+        for name, times in steps.items():
+            element = 2 if "bfloat16" in name else 4
+            touched = hit_bytes(model, element, history, args.tokens // 2)
+            times = sorted(times[3:])
+            median = statistics.median(times)
+            hits.append(
+                {
+                    "what": name,
+                    "history": history,
+                    "milliseconds": median * 1e3,
+                    "p10": times[len(times) // 10] * 1e3,
+                    "p90": times[len(times) * 9 // 10] * 1e3,
+                    "megabytes": touched / 1e6,
+                    "read_gb_per_s": max(bandwidth) / 1e9,
+                    "times_the_limit": median * max(bandwidth) / touched,
+                }
+            )
+    return {"hits": hits, "prefills": prefills}
+
+
+def resident() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmRSS in /proc/self/status")
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    config = TLinFormerConfig(**PAPER_41M)
+    model = TLinFormerForCausalLM(config).eval()
+    weights = sum(p.numel() for p in model.parameters()) * 4
+
+    engine = Engine(model, max_context=1024 + args.generated)
+    engine.prefill(torch.randint(config.vocab_size, (1, 1024)))
+    engine.generate(300, SamplingParams(temperature=1.0))  # every code path once, one slide too
+    before, slides = resident(), engine.stats.slides
+    engine.generate(args.generated - 300, SamplingParams(temperature=1.0))
+    grown = resident() - before
+    slides = engine.stats.slides - slides
+    del engine
+
+    base = resident() - weights
+    engine = Engine(model, max_context=args.prompt)
+    peak = 0
+
+    def watch(share: float) -> None:
+        nonlocal peak
+        peak = max(peak, resident())
+
+    engine.prefill(torch.randint(config.vocab_size, (1, args.prompt)), progress=watch)
+    planned = engine.plan.total_bytes + weights
+    return {
+        "generated": args.generated - 300,
+        "slides": slides,
+        "resident_growth_bytes": grown,
+        "prompt": args.prompt,
+        "plan_and_weights_mib": planned / 2**20,
+        "peak_mib": (peak - base) / 2**20,
+        "peak_over_plan_and_weights": (peak - base) / planned,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        if isinstance(value, list):
+            print(f"\n{name}")
+            columns = list(value[0])
+            rows = [columns] + [
+                [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in value
+            ]
+            widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+            for row in rows:
+                print("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+        else:
+            print(f"{name}: {value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("suite", choices=["speed", "memory"])
+    parser.add_argument("--json", type=Path, help="also write the raw figures here")
+    parser.add_argument("--histories", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--tokens", type=int, default=100, help="hits timed at each history")
+    parser.add_argument("--generated", type=int, default=5300, help="tokens of the growth test")
+    parser.add_argument("--prompt", type=int, default=100_000, help="tokens of the peak test")
+    args = parser.parse_args()
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment(),
+        **{"speed": speed, "memory": memory}[args.suite](args),
+    }
+    show(result)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`tlinformer info`: what is installed, what it can use, what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices and build; `advice` says what is missing and what to do about it."""
+    import torch
+
+    import tlinformer
+
+    advice = []
+    info: dict[str, Any] = {
+        "tlinformer": tlinformer.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in ("numpy", "safetensors", "tokenizers", "scipy-openblas32"):
+        try:
+            info[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            info[package] = None
+            advice.append(f"{package} is missing: pip install {package}")
+    try:
+        info["engine"] = f"CPU, {tlinformer._C.instruction_set()}"
+    except ImportError as error:
+        info["engine"] = None
+        advice.append(str(error))
+    info["threads"] = torch.get_num_threads()
+    info["cpus"] = os.cpu_count()
+    gpus = range(torch.cuda.device_count())
+    info["gpus"] = [torch.cuda.get_device_name(i) for i in gpus]
+    if info["gpus"]:
+        advice.append("this build's engine runs on the CPU; training uses the GPU")
+    info["advice"] = advice
+    return info
+
+
+def info_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show versions, devices and the build, and what to do about what is missing."""
+    info = collect()
+    if as_json:
+        print(json.dumps(info))
+        return
+    console = Console()
+    advice = info.pop("advice")
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in info.items():
+        shown = ", ".join(value) or "none" if isinstance(value, list) else value
+        table.add_row(name, str(shown) if shown is not None else "[red]missing[/]")
+    console.print(table)
+    for line in advice:
+        console.print(f"- {line}", markup=False)
+    if not advice:
+        console.print("Everything needed is here.")
