@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/tlinformer-prose-8m
 PROMPT := examples/new-testament.txt.xz
-JOBS := $(shell nproc)
+MAKEFLAGS += --no-print-directory
 
 PACKAGE_FILES := setup.py pyproject.toml csrc/sources.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -32,7 +32,7 @@ test-cpp: $(VENV)/installed $(VENV)/tools
 	@mkdir -p build
 	@$(BIN)/cmake -S . -B build/cpp -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
 	  'import scipy_openblas32 as b; print(*b.__path__)')" > build/cmake.log || (cat build/cmake.log; false)
-	$(BIN)/cmake --build build/cpp -j $(JOBS)
+	$(BIN)/cmake --build build/cpp -j $(shell nproc)
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
 lint: $(VENV)/installed $(VENV)/tools  ## check format, style and types

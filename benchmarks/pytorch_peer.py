@@ -49,7 +49,11 @@ class StaticCacheModel:
         k, v = self.cache[key][:, :, :, :rows]
         c = self.config
         o = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, is_causal=causal, enable_gqa=c.num_attention_heads != c.kv_heads
+            q.transpose(1, 2),
+            k,
+            v,
+            is_causal=causal,
+            enable_gqa=c.num_attention_heads != c.kv_heads,
         )
         return o.transpose(1, 2).flatten(2)
 
@@ -101,7 +105,9 @@ class StaticCacheModel:
             q, k, v = self.layer(b, i).project(z, rope)
             self.write(("context", b, i), 0, k, v)
             z = self.layer(b, i).finish(z, self.read(("context", b, i), z.size(1), q))
-        self.write(("context", b, depth - 1), 0, *self.keys_values(self.layer(b, depth - 1), z, rope))
+        self.write(
+            ("context", b, depth - 1), 0, *self.keys_values(self.layer(b, depth - 1), z, rope)
+        )
         return z
 
     def window(self, begin: int) -> Tensor:
@@ -129,7 +135,9 @@ class StaticCacheModel:
         """Prompt (L) -> logits (V)."""
         self.length = len(ids)
         self.tokens[: self.length] = ids
-        history = self.config.generation_window * ((self.length - 1) // self.config.generation_window)
+        history = self.config.generation_window * (
+            (self.length - 1) // self.config.generation_window
+        )
         if history:
             self.slide(0, history)
         return self.window(history)

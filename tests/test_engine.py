@@ -16,7 +16,6 @@ from reference import reference_logits
 
 from tlinformer import Engine, SamplingParams, TLinFormerForCausalLM, plan_cache
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -238,8 +237,8 @@ def test_plan_is_the_papers_formula() -> None:
     assert plan.cache_bytes == 2 * 2 * 432 * rows
     assert plan.total_bytes < 1.02 * plan.cache_bytes
     assert sum(plan.bytes_by_region.values()) <= plan.total_bytes
+    tight = plan_cache(config, max_context=1000).total_bytes
     with pytest.raises(RuntimeError, match="enough for max_context = 1024"):
-        tight = plan_cache(config, max_context=1000).total_bytes
         plan_cache(config, max_context=10**6, memory_limit=tight)
 
 

@@ -4,7 +4,6 @@ The names below load on first use, so that `import tlinformer` itself stays quic
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
     from tlinformer.config import TLinFormerConfig
     from tlinformer.engine import Engine, SamplingParams, plan_cache
     from tlinformer.model import TLinFormerForCausalLM
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Engine",
@@ -45,15 +46,15 @@ def _load_compiled_module() -> Any:
     return importlib.import_module("tlinformer._C")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "_C":
-        return _load_compiled_module()
-    if name == "__version__":
-        return importlib.metadata.version("tlinformer")
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"tlinformer.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'tlinformer' has no attribute {name!r}")
+if not TYPE_CHECKING:  # checkers see the imports above instead
+
+    def __getattr__(name: str) -> Any:
+        if name == "_C":
+            return _load_compiled_module()
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"tlinformer.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'tlinformer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "__version__"])
+    return sorted([*globals(), *__all__])

@@ -295,20 +295,21 @@ class Engine:
         Raises:
             ValueError: without a prefill, for ids out of range or a full cache; nothing is lost.
         """
-        as_list = not isinstance(token_ids, torch.Tensor)
-        if as_list:
-            token_ids = [torch.as_tensor(i).reshape(-1) for i in token_ids]
-            if any(i.numel() != 1 for i in token_ids):
+        if isinstance(token_ids, torch.Tensor):
+            ids, as_list = token_ids, False
+        else:
+            rows = [torch.as_tensor(i).reshape(-1) for i in token_ids]
+            if any(row.numel() != 1 for row in rows):
                 raise ValueError("step takes one token for each sequence")
-            token_ids = torch.cat(token_ids) if token_ids else torch.empty(0, dtype=torch.int64)
-        elif token_ids.ndim == 2 and token_ids.shape[1] == 1:
-            token_ids = token_ids[:, 0]
-        if token_ids.ndim != 1:
+            ids, as_list = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), True
+        if ids.ndim == 2 and ids.size(1) == 1:
+            ids = ids[:, 0]
+        if ids.ndim != 1:
             raise ValueError(
-                f"step got token ids of shape {tuple(token_ids.shape)}; it takes (B), one token "
-                "for each sequence"
+                f"step got token ids of shape {tuple(ids.shape)}; it takes (B), one token for "
+                "each sequence"
             )
-        self._compiled.step(self._ids(token_ids, "step")[0].tolist())
+        self._compiled.step(self._ids(ids, "step")[0].tolist())
         return self._logits(as_list)
 
     def generate(

@@ -105,10 +105,10 @@ void Attend::one_row_each_typed(const std::vector<Queries>& queries) {
           }
           float total = 0;
           for (int64_t j = first; j < last; ++j) {
-            total += state(j)[1] * std::exp(state(j)[0] - maximum);
+            total += state(j)[1] * std::exp2(state(j)[0] - maximum);
           }
           for (int64_t j = first; j < last; ++j) {
-            const float weight = std::exp(state(j)[0] - maximum) / total;
+            const float weight = std::exp2(state(j)[0] - maximum) / total;
             for (int64_t c = 0; c < d_; ++c) out[c] += weight * state(j)[2 + c];
           }
           first = last;
@@ -125,10 +125,13 @@ int64_t Attend::piece_keys(int64_t rows) const {
 }
 
 void Attend::begin(int64_t rows, float* out) {
-  std::fill(out, out + rows * heads_ * d_, 0.0f);
-  for (int64_t i = 0; i < rows * heads_; ++i) {
-    softmax_[2 * i] = kMinusInfinity;
-    softmax_[2 * i + 1] = 0;
+#pragma omp parallel for num_threads(threads_) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    std::fill_n(out + row * heads_ * d_, heads_ * d_, 0.0f);
+    for (int64_t i = row * heads_; i < (row + 1) * heads_; ++i) {
+      softmax_[2 * i] = kMinusInfinity;
+      softmax_[2 * i + 1] = 0;
+    }
   }
 }
 

@@ -20,7 +20,7 @@ struct Keys {
 
 // Some query rows of one sequence, and the caches they read (those with count 0 are skipped).
 struct Queries {
-  const float* q = nullptr;  // (rows, Hq d), rotated and scaled
+  const float* q = nullptr;  // (rows, Hq d), rotated, times kScoreScale / sqrt(d)
   float* out = nullptr;      // (rows, Hq d)
   int64_t rows = 0;
   Keys keys[2];

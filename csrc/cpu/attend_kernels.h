@@ -30,8 +30,9 @@ TLIN_INLINE void add_rows(const float* p, const T* v, int64_t rows, int64_t d, f
   }
 }
 
-// Turns scores into p = e^(score - m) in place, n a multiple of kLanes; returns the new maximum,
-// adds to the sum. Masked scores are -infinity.
+// Turns scores into p = 2^(score - m) in place, n a multiple of kLanes; returns the new maximum,
+// adds to the sum. Masked scores are -infinity
+// and end as 2^-125 of the largest, far below its rounding.
 TLIN_INLINE float softmax_step(float* scores, int64_t n, float maximum, float* total) {
   VecF top = splat(maximum);
   for (int64_t i = 0; i < n; i += kLanes) top = max(load(scores + i), top);
@@ -42,9 +43,7 @@ TLIN_INLINE float softmax_step(float* scores, int64_t n, float maximum, float* t
   }
   VecF acc{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF score = load(scores + i);
-    VecF p = exp(score - splat(m));
-    p = score == splat(kMinusInfinity) ? VecF{} : p;
+    const VecF p = exp2(load(scores + i) - splat(m));
     store(scores + i, p);
     acc += p;
   }
@@ -73,7 +72,7 @@ void decode(const float* q, int64_t g, const T* k, const T* v, int64_t begin, in
       const float before = state[0];
       state[0] = softmax_step(scores, padded, before, &total);
       if (state[0] != before && before != kMinusInfinity) {
-        const float shrink = exp1(before - state[0]);
+        const float shrink = exp2(before - state[0]);
         for (int64_t i = 1; i < d + 2; ++i) state[i] *= shrink;
       }
       state[1] += total;
@@ -108,22 +107,49 @@ TLIN_INLINE void score_rows(const float* q, int64_t ldq, const float* kt, int64_
 }
 
 // out[r][0..C vectors) += sum over n keys of p[r][key] * vt[key], vt's rows `ldv` apart.
-template <int R, int C>
+template <class V, int R, int C>
 TLIN_INLINE void value_rows(const float* p, const float* vt, int64_t ldv, int64_t n, float* out) {
-  VecF acc[R][C];
+  constexpr int64_t kWidth = sizeof(V) / sizeof(float);
+  V acc[R][C];
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) acc[r][c] = load(out + r * kMaxHeadDim + c * kLanes);
+    for (int c = 0; c < C; ++c) acc[r][c] = load_as<V>(out + r * kMaxHeadDim + c * kWidth);
   }
   for (int64_t key = 0; key < n; ++key) {
-    VecF values[C];
-    for (int c = 0; c < C; ++c) values[c] = load(vt + key * ldv + c * kLanes);
+    V values[C];
+    for (int c = 0; c < C; ++c) values[c] = load_as<V>(vt + key * ldv + c * kWidth);
     for (int r = 0; r < R; ++r) {
-      const VecF x = splat(p[r * kTileKeys + key]);
+      const V x = V{} + p[r * kTileKeys + key];
       for (int c = 0; c < C; ++c) acc[r][c] += x * values[c];
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) store(out + r * kMaxHeadDim + c * kLanes, acc[r][c]);
+    for (int c = 0; c < C; ++c) store(out + r * kMaxHeadDim + c * kWidth, acc[r][c]);
+  }
+}
+
+// All ldv columns, C vectors at a time and the rest one by one.
+template <class V, int R, int C>
+TLIN_INLINE void value_columns(const float* p, const float* vt, int64_t ldv, int64_t n,
+                               float* out) {
+  constexpr int64_t kWidth = sizeof(V) / sizeof(float);
+  int64_t i = 0;
+  for (; i + C * kWidth <= ldv; i += C * kWidth) value_rows<V, R, C>(p, vt + i, ldv, n, out + i);
+  for (; i < ldv; i += kWidth) value_rows<V, R, 1>(p, vt + i, ldv, n, out + i);
+}
+
+// Values are padded to 8 floats. Where that is no whole number of vectors (d = 36: 40 floats),
+// half vectors with fewer rows at a time waste nothing on padding.
+template <int R>
+TLIN_INLINE void add_values(const float* p, const float* vt, int64_t ldv, int64_t n, float* out) {
+  if (ldv % kLanes == 0) {
+    if (ldv % (4 * kLanes) == 0) return value_columns<VecF, R, 4>(p, vt, ldv, n, out);
+    if (ldv % (3 * kLanes) == 0) return value_columns<VecF, R, 3>(p, vt, ldv, n, out);
+    return value_columns<VecF, R, 2>(p, vt, ldv, n, out);
+  }
+  if constexpr (kLanes <= 8) return;  // cannot happen: 8 floats are whole vectors
+  constexpr int kHalf = R % 2 == 0 ? R / 2 : R;
+  for (int r = 0; r < R; r += kHalf) {
+    value_columns<Vec8, kHalf, 5>(p + r * kTileKeys, vt, ldv, n, out + r * kMaxHeadDim);
   }
 }
 
@@ -150,28 +176,13 @@ TLIN_INLINE void tile_rows(const TileArgs<T>& a, int64_t row, int64_t first, int
     float total = 0;
     const float before = state[0];
     state[0] = softmax_step(s, padded, before, &total);
-    const float shrink = before == kMinusInfinity ? 0.0f : exp1(before - state[0]);
+    const float shrink = before == kMinusInfinity ? 0.0f : exp2(before - state[0]);
     state[1] = state[1] * shrink + total;
     const float* from = a.out + (row + r) * a.ldq;
     for (int64_t i = 0; i < a.d; ++i) out[r * kMaxHeadDim + i] = from[i] * shrink;
     for (int64_t i = a.d; i < ldv; ++i) out[r * kMaxHeadDim + i] = 0;
   }
-  for (int64_t i = 0; i < ldv;) {
-    const int64_t vectors = (ldv - i) / kLanes;
-    if (vectors >= 4) {
-      value_rows<R, 4>(scores, vt + i, ldv, visible, out + i);
-      i += 4 * kLanes;
-    } else if (vectors == 3) {
-      value_rows<R, 3>(scores, vt + i, ldv, visible, out + i);
-      i += 3 * kLanes;
-    } else if (vectors == 2) {
-      value_rows<R, 2>(scores, vt + i, ldv, visible, out + i);
-      i += 2 * kLanes;
-    } else {
-      value_rows<R, 1>(scores, vt + i, ldv, visible, out + i);
-      i += kLanes;
-    }
-  }
+  add_values<R>(scores, vt, ldv, visible, out);
   for (int r = 0; r < R; ++r) {
     float* to = a.out + (row + r) * a.ldq;
     for (int64_t i = 0; i < a.d; ++i) to[i] = out[r * kMaxHeadDim + i];
@@ -180,7 +191,7 @@ TLIN_INLINE void tile_rows(const TileArgs<T>& a, int64_t row, int64_t first, int
 
 template <class T>
 void tile(const TileArgs<T>& a) {
-  const int64_t ldv = (a.d + kLanes - 1) / kLanes * kLanes;
+  const int64_t ldv = (a.d + 7) / 8 * 8;
   float* kt = a.scratch;             // (d, kTileKeys): keys transposed
   float* vt = kt + a.d * kTileKeys;  // (kTileKeys, ldv): values, rows padded with zeros
   for (int64_t first = a.begin; first < a.end; first += kTileKeys) {

@@ -8,6 +8,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../runtime/workspace.h"
 #include "attend.h"
@@ -112,6 +115,11 @@ class CpuBackend final : public Backend {
   // Every page now, by the threads that will use them: a step must not meet the page allocator.
   void touch(int64_t bytes) {
     constexpr int64_t kPage = 4096;
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(arena_) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(arena_) + static_cast<uintptr_t>(bytes);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 #pragma omp parallel for num_threads(threads_) schedule(static)
     for (int64_t i = 0; i < bytes; i += kPage) {
       volatile char* page = arena_ + i;
@@ -131,9 +139,12 @@ class CpuBackend final : public Backend {
   }
 
   void embed(const std::vector<const int32_t*>& tokens) {
-    float* to = x_;
+    int64_t first = 0;
     for (size_t i = 0; i < spans_->size(); ++i) {
-      for (int64_t row = 0; row < (*spans_)[i].rows; ++row, to += c_.hidden_size) {
+      const int64_t rows = (*spans_)[i].rows;
+#pragma omp parallel for num_threads(threads_) schedule(static) if (rows > 8)
+      for (int64_t row = 0; row < rows; ++row) {
+        float* to = x_ + (first + row) * c_.hidden_size;
         const int64_t offset = tokens[i][row] * c_.hidden_size;
         if (dtype_ == DType::bfloat16) {
           kernels().b16.widen(static_cast<const bf16*>(embed_.data) + offset, c_.hidden_size, to);
@@ -141,6 +152,7 @@ class CpuBackend final : public Backend {
           std::memcpy(to, static_cast<const float*>(embed_.data) + offset, row_bytes(1));
         }
       }
+      first += rows;
     }
   }
 
@@ -199,7 +211,7 @@ class CpuBackend final : public Backend {
   void place(const Verb& verb, const Span& span, int64_t first_row, const float* from,
              int64_t stride) {
     const int64_t d = c_.head_dim(), dq = c_.query_dim(), dkv = c_.kv_dim();
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    const float scale = kScoreScale / std::sqrt(static_cast<float>(d));
     Slots slots{};
     Keys keys;
     if (verb.writes) {

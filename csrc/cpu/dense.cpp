@@ -77,7 +77,8 @@ void Dense::few_rows(const Matrix& w, int64_t begin, int64_t end, const float* x
 
 void Dense::many_rows(const float* w, const float* bias, int64_t n, int64_t k, const float* x,
                       int64_t m, bool accumulate, float* y, int64_t ldy) const {
-  // A grid of tiles, rows first: a thread that owns whole rows packs the weights once.
+  // A grid of tiles, rows first: measured faster than columns first for tall matrices, although
+  // every thread then packs all the weights.
   const int64_t row_parts = std::clamp<int64_t>(m / 48, 1, threads_);
   const int64_t column_parts = std::max<int64_t>(1, threads_ / row_parts);
   const int64_t rows = (m + row_parts - 1) / row_parts;

@@ -9,11 +9,14 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Scores are in base 2: queries come multiplied by log2(e), and softmax uses 2^x.
+constexpr float kScoreScale = 1.44269504f;
+
 // One softmax of some query rows of one head over a range of keys. The state (running maximum,
 // running sum, unnormalised output) goes in and out, so a range can be split into several calls.
 template <class T>
 struct TileArgs {
-  const float* q = nullptr;  // (rows, d), rows ldq apart, already rotated and scaled
+  const float* q = nullptr;  // (rows, d), rows ldq apart, rotated, times kScoreScale / sqrt(d)
   float* out = nullptr;      // (rows, d), rows ldq apart: sum of p v
   float* state = nullptr;    // (rows, 2), rows ld_state apart: maximum, sum of p
   int64_t ldq = 0;
@@ -38,8 +41,8 @@ struct TypedKernels {
   // y[r, j] = x[r] . w[j] (+ bias[j]) (+ y[r, j]) for r < m <= kGemvRows and j in [begin, end).
   void (*gemv)(const T* w, const float* bias, const float* x, int64_t ldx, int64_t m, int64_t k,
                int64_t begin, int64_t end, bool accumulate, float* y, int64_t ldy);
-  // One query group (g heads, d apart in q) against keys [begin, end): per head maximum, sum,
-  // and d sums of p v, at out + head * (d + 2).
+  // One query group (g heads, d apart in q, scaled as above) against keys [begin, end): per head
+  // maximum, sum, and d sums of p v, at out + head * (d + 2).
   void (*decode)(const float* q, int64_t g, const T* k, const T* v, int64_t begin, int64_t end,
                  int64_t d, float* out);
   void (*tile)(const TileArgs<T>& args);

@@ -113,12 +113,17 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 }
 
 void silu_mul(float* gate, const float* up, int64_t n) {
+  const float log2e = 1.44269504f, most = 126.0f;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const VecF g = load(gate + i);
-    store(gate + i, g / (splat(1.0f) + exp(-g)) * load(up + i));
+    const VecF e = exp2(min(g * splat(-log2e), splat(most)));
+    store(gate + i, g / (splat(1.0f) + e) * load(up + i));
   }
-  for (; i < n; ++i) gate[i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
+  for (; i < n; ++i) {
+    const float x = gate[i] * -log2e;
+    gate[i] = gate[i] / (1.0f + exp2(x < most ? x : most)) * up[i];
+  }
 }
 
 #include "attend_kernels.h"

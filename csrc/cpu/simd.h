@@ -7,6 +7,7 @@
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef float Vec8 __attribute__((vector_size(32)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
 template <class To, class From>
@@ -19,17 +20,22 @@ TLIN_INLINE To bits(From from) {
 
 TLIN_INLINE VecF splat(float x) { return VecF{} + x; }
 
-TLIN_INLINE VecF load(const float* p) {
-  VecF v;
+template <class V>
+TLIN_INLINE V load_as(const float* p) {
+  V v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
+TLIN_INLINE VecF load(const float* p) { return load_as<VecF>(p); }
 TLIN_INLINE VecF load(const bf16* p) {
   VecH h;
   __builtin_memcpy(&h, p, sizeof(h));
   return bits<VecF>(__builtin_convertvector(h, VecU) << 16);
 }
-TLIN_INLINE void store(float* p, VecF v) { __builtin_memcpy(p, &v, sizeof(v)); }
+template <class V>
+TLIN_INLINE void store(float* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
 
 TLIN_INLINE float load1(const float* p) { return *p; }
 TLIN_INLINE float load1(const bf16* p) { return bits<float>(uint32_t{p->bits} << 16); }
@@ -58,21 +64,20 @@ TLIN_INLINE float largest(VecF v) {
   return a > b ? a : b;
 }
 
-// e^x to about 2 ulp on [-87, 88]; clamped outside, NaN stays NaN.
-TLIN_INLINE VecF exp(VecF x) {
-  const VecF clamped = max(min(x, splat(88.0f)), splat(-87.0f));
-  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecF n = (clamped * splat(1.44269504f) + magic) - magic;
-  const VecF r = clamped - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
-  VecF p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  const VecI exponent = (__builtin_convertvector(n, VecI) + 127) << 23;
-  const VecF result = p * bits<VecF>(exponent);
-  return x == x ? result : x;
+// 2^x to about 2 ulp for x < 128; below -125 it stays at 2^-125, NaN stays NaN.
+TLIN_INLINE VecF exp2(VecF x) {
+  const VecF lowest = splat(-125.0f);
+  const VecF clamped = lowest > x ? lowest : x;       // in this order NaN passes
+  const VecF shifted = clamped + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  const VecF r = clamped - (shifted - splat(12582912.0f));
+  VecF p = splat(1.5403530e-4f);  // Taylor's series of 2^r: |r| <= 1/2 leaves 1e-7
+  p = p * r + splat(1.3333558e-3f);
+  p = p * r + splat(9.6181291e-3f);
+  p = p * r + splat(5.5504109e-2f);
+  p = p * r + splat(2.4022651e-1f);
+  p = p * r + splat(6.9314718e-1f);
+  p = p * r + splat(1.0f);
+  // The integer is in the low bits of `shifted`; added to the exponent of p.
+  return bits<VecF>(bits<VecI>(p) + (bits<VecI>(shifted) << 23));
 }
-TLIN_INLINE float exp1(float x) { return exp(splat(x))[0]; }
+TLIN_INLINE float exp2(float x) { return exp2(splat(x))[0]; }

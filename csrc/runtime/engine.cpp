@@ -77,13 +77,19 @@ struct Engine::Impl {
     return sum;
   }
 
+  // Rows of a piece, so that none is a small rest: the fewest pieces, all about as large.
+  static int64_t equal_pieces(int64_t rows, int64_t most) {
+    const int64_t pieces = std::max<int64_t>(1, (rows + most - 1) / most);
+    return std::min(most, ((rows + pieces - 1) / pieces + 15) / 16 * 16);
+  }
+
   void slide(int64_t index, int64_t history, Meter& meter) {
     Sequence& sequence = sequences[static_cast<size_t>(index)];
     sequence.slid_history = kStale;  // until done: an interruption then costs only time
     for (size_t i = 0; i < slide_stages.size(); ++i) {
       const Span all = slide_span(i, index, history);
       const bool pieces = slide_stages[i].scope == Scope::history;
-      const int64_t most = pieces ? plan.piece_rows() : all.rows;
+      const int64_t most = pieces ? equal_pieces(all.rows, plan.piece_rows()) : all.rows;
       for (int64_t done = 0; done < all.rows; done += most) {
         Span piece = all;
         piece.begin += done;

@@ -25,10 +25,12 @@ def parse_tokens(text: str) -> int:
 
 
 def plan_command(
-    model: Annotated[
-        Path, typer.Argument(help="Model directory, or a config.json.")
-    ] = Path("models/tlinformer-prose-8m"),
-    context: Annotated[str, typer.Option(help="Tokens a sequence may hold: 4096, 128K, 1M.")] = "128K",
+    model: Annotated[Path, typer.Argument(help="Model directory, or a config.json.")] = Path(
+        "models/tlinformer-prose-8m"
+    ),
+    context: Annotated[
+        str, typer.Option(help="Tokens a sequence may hold: 4096, 128K, 1M.")
+    ] = "128K",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -75,7 +77,9 @@ def plan_command(
         "stream": "the history's activations between blocks",
         "workspace": "activations of the piece under way, logits",
     }
-    table = Table("region", "size", "what it holds", title=f"{tokens:,} tokens x {batch_size}, {dtype}")
+    table = Table(
+        "region", "size", "what it holds", title=f"{tokens:,} tokens x {batch_size}, {dtype}"
+    )
     table.columns[1].justify = "right"
     for name, size in plan.bytes_by_region.items():
         table.add_row(name, mib(size), what[name])
