@@ -144,10 +144,7 @@ void Attend::add_keys(const Queries& queries, const Keys& keys, int64_t from, in
 template <class T>
 void Attend::add_keys_typed(const Queries& queries, const Keys& keys, int64_t from, int64_t to,
                             float* out) {
-  // Blocks of rows share a tile of packed keys: large blocks pack less, many blocks balance.
-  const int64_t wanted = (4 * threads_ + heads_ - 1) / heads_;
-  const int64_t block = std::clamp<int64_t>((queries.rows + wanted - 1) / wanted,
-                                            std::min<int64_t>(48, queries.rows), 384);
+  const int64_t block = rows_per_task(queries.rows, heads_, threads_);
   const int64_t blocks = (queries.rows + block - 1) / block;
 #pragma omp parallel for num_threads(threads_) schedule(dynamic)
   for (int64_t task = 0; task < heads_ * blocks; ++task) {
@@ -163,6 +160,7 @@ void Attend::add_keys_typed(const Queries& queries, const Keys& keys, int64_t fr
     args.rows = std::min(block, queries.rows - first);
     args.k = static_cast<const T*>(keys.k) + offset;
     args.v = static_cast<const T*>(keys.v) + offset;
+    args.ldk = args.ldv = d_;
     args.begin = from;
     args.end = to;
     args.d = d_;

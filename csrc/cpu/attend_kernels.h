@@ -31,16 +31,12 @@ TLIN_INLINE void add_rows(const float* p, const T* v, int64_t rows, int64_t d, f
 }
 
 // Turns scores into p = 2^(score - m) in place, n a multiple of kLanes; returns the new maximum,
-// adds to the sum. Masked scores are -infinity
-// and end as 2^-125 of the largest, far below its rounding.
+// adds to the sum. Scores of -infinity fill up n and add 2^-125 of the largest, far below its
+// rounding.
 TLIN_INLINE float softmax_step(float* scores, int64_t n, float maximum, float* total) {
   VecF top = splat(maximum);
   for (int64_t i = 0; i < n; i += kLanes) top = max(load(scores + i), top);
   const float m = largest(top);
-  if (m == kMinusInfinity) {  // nothing visible yet
-    for (int64_t i = 0; i < n; ++i) scores[i] = 0;
-    return m;
-  }
   VecF acc{};
   for (int64_t i = 0; i < n; i += kLanes) {
     const VecF p = exp2(load(scores + i) - splat(m));
@@ -167,22 +163,29 @@ TLIN_INLINE void tile_rows(const TileArgs<T>& a, int64_t row, int64_t first, int
   }
   const int64_t padded = (visible + kStep - 1) / kStep * kStep;
   score_rows<R>(a.q + row * a.ldq, a.ldq, kt, a.d, padded, scores);
+  int64_t sees[R];
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * kTileKeys;
     const int64_t limit = a.diagonal + row + r + 1 - first;
-    const int64_t sees = a.causal && limit < visible ? (limit > 0 ? limit : 0) : visible;
-    for (int64_t i = sees; i < padded; ++i) s[i] = kMinusInfinity;
+    sees[r] = a.causal && limit < visible ? (limit > 0 ? limit : 0) : visible;
+    for (int64_t i = sees[r]; i < padded; ++i) s[i] = kMinusInfinity;
     float* state = a.state + (row + r) * a.ld_state;
     float total = 0;
     const float before = state[0];
-    state[0] = softmax_step(s, padded, before, &total);
+    if (sees[r] > 0) state[0] = softmax_step(s, padded, before, &total);
     const float shrink = before == kMinusInfinity ? 0.0f : exp2(before - state[0]);
     state[1] = state[1] * shrink + total;
     const float* from = a.out + (row + r) * a.ldq;
     for (int64_t i = 0; i < a.d; ++i) out[r * kMaxHeadDim + i] = from[i] * shrink;
     for (int64_t i = a.d; i < ldv; ++i) out[r * kMaxHeadDim + i] = 0;
   }
-  add_values<R>(scores, vt, ldv, visible, out);
+  // All rows see what the first does. The rest one by one: no value may meet a row it is hidden
+  // from, since even 0 times NaN is NaN.
+  add_values<R>(scores, vt, ldv, sees[0], out);
+  for (int r = 1; r < R && sees[r] > sees[0]; ++r) {
+    add_values<1>(scores + r * kTileKeys + sees[0], vt + sees[0] * ldv, ldv, sees[r] - sees[0],
+                  out + r * kMaxHeadDim);
+  }
   for (int r = 0; r < R; ++r) {
     float* to = a.out + (row + r) * a.ldq;
     for (int64_t i = 0; i < a.d; ++i) to[i] = out[r * kMaxHeadDim + i];
@@ -198,8 +201,8 @@ void tile(const TileArgs<T>& a) {
     const int64_t n = a.end - first < kTileKeys ? a.end - first : kTileKeys;
     if (a.causal && first > a.diagonal + a.rows - 1) break;
     for (int64_t key = 0; key < n; ++key) {
-      const T* k = a.k + (first + key) * a.d;
-      const T* v = a.v + (first + key) * a.d;
+      const T* k = a.k + (first + key) * a.ldk;
+      const T* v = a.v + (first + key) * a.ldv;
       for (int64_t i = 0; i < a.d; ++i) kt[i * kTileKeys + key] = load1(k + i);
       for (int64_t i = 0; i < a.d; ++i) vt[key * ldv + i] = load1(v + i);
       for (int64_t i = a.d; i < ldv; ++i) vt[key * ldv + i] = 0;

@@ -1,6 +1,7 @@
 // The CPU's vector kernels, compiled once per instruction set and chosen when first used.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace tlinformer::cpu {
@@ -22,17 +23,26 @@ struct TileArgs {
   int64_t ldq = 0;
   int64_t ld_state = 0;
   int64_t rows = 0;
-  const T* k = nullptr;  // (keys, d) contiguous
-  const T* v = nullptr;  // (keys, d) contiguous
-  int64_t begin = 0;     // keys [begin, end)
+  const T* k = nullptr;  // (keys, d), rows ldk apart
+  const T* v = nullptr;  // (keys, d), rows ldv apart
+  int64_t ldk = 0;
+  int64_t ldv = 0;
+  int64_t begin = 0;  // keys [begin, end)
   int64_t end = 0;
   int64_t d = 0;
-  bool causal = false;  // row r reads keys 0 ... diagonal + r only
+  bool causal = false;  // row r reads keys 0 ... diagonal + r only, whatever the others hold
   int64_t diagonal = 0;
   float* scratch = nullptr;  // tile_scratch_floats(d)
 };
 constexpr int64_t kTileKeys = 128;
 constexpr int64_t kMaxHeadDim = 256;
+
+// Rows of one call: blocks of rows share a tile of packed keys, so large blocks pack less, but
+// many blocks balance.
+inline int64_t rows_per_task(int64_t rows, int64_t heads, int64_t threads) {
+  const int64_t wanted = (4 * threads + heads - 1) / heads;
+  return std::clamp<int64_t>((rows + wanted - 1) / wanted, std::min<int64_t>(48, rows), 384);
+}
 constexpr int64_t tile_scratch_floats(int64_t d) { return kTileKeys * (d + (d + 15) / 16 * 16); }
 
 // The kernels that read tensors of type T (weights and cache); arithmetic is float32.

@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
 #pragma GCC diagnostic pop
 
 #include "cpu/window_attention.h"
@@ -54,7 +53,7 @@ HeadRows<T> head_rows(T* data, const Tensor& x) {
   return {data, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-template <class A, class T>
+template <class T>
 Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value,
               const std::optional<Tensor>& context_key, const std::optional<Tensor>& context_value,
               double scale) {
@@ -78,7 +77,7 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value,
     p.context_value = input(*context_value);
     p.context_rows = context_key->size(2);
   }
-  tlinformer::cpu::window_attention<A>(p);
+  tlinformer::cpu::window_attention(p);
   return output;
 }
 
@@ -110,11 +109,11 @@ Tensor window_attention(const Tensor& query, const Tensor& key, const Tensor& va
                      context_key, context_value, factor);
   };
   const ScalarType dtype = query.scalar_type();
-  if (dtype == ScalarType::Float) return run(attend<float, float>);
-  if (dtype == ScalarType::Double) return run(attend<double, double>);
+  if (dtype == ScalarType::Float) return run(attend<float>);
+  if (dtype == ScalarType::Double) return run(attend<double>);
   require(dtype == ScalarType::BFloat16, "query is ", torch::headeronly::toString(dtype),
           ", must be Float, Double or BFloat16 on the CPU; convert it with .to(torch.float32)");
-  return run(attend<float, torch::headeronly::BFloat16>);
+  return run(attend<tlinformer::cpu::bf16>);
 }
 
 }  // namespace
