@@ -30,7 +30,7 @@ test-python: $(VENV)/installed $(VENV)/tools
 
 test-cpp: $(VENV)/installed $(VENV)/tools
 	@mkdir -p build
-	@$(BIN)/cmake -S . -B build/cpp -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
+	@$(BIN)/cmake -S . -B build/cpp -DTLINFORMER_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
 	  'import scipy_openblas32 as b; print(*b.__path__)')" > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build build/cpp -j $(shell nproc)
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error

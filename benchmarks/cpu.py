@@ -13,6 +13,7 @@ shared machine; the ratios are the result.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -151,10 +152,11 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resident() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
+    """Bytes in memory; counted page by page, VmRSS of /proc/self/status is off by some hundred KB."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmRSS in /proc/self/status")
+    raise RuntimeError("no Rss in /proc/self/smaps_rollup")
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,11 +167,16 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
     engine = Engine(model, max_context=1024 + args.generated)
     engine.prefill(torch.randint(config.vocab_size, (1, 1024)))
-    engine.generate(300, SamplingParams(temperature=1.0))  # every code path once, one slide too
-    before, slides = resident(), engine.stats.slides
-    engine.generate(args.generated - 300, SamplingParams(temperature=1.0))
-    grown = resident() - before
-    slides = engine.stats.slides - slides
+    sizes: list[int] = []
+    sizes_at = {300, args.generated - 1}  # by then every code path ran once, a slide too
+    counter = itertools.count()
+    engine.generate(
+        args.generated,
+        SamplingParams(temperature=1.0),
+        on_token=lambda *_: sizes.append(resident()) if next(counter) in sizes_at else None,
+    )
+    slides = engine.stats.slides - 1
+    grown = sizes[1] - sizes[0]
     del engine
 
     base = resident() - weights
@@ -183,7 +190,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     engine.prefill(torch.randint(config.vocab_size, (1, args.prompt)), progress=watch)
     planned = engine.plan.total_bytes + weights
     return {
-        "generated": args.generated - 300,
+        "generated": args.generated - 301,
         "slides": slides,
         "resident_growth_bytes": grown,
         "prompt": args.prompt,

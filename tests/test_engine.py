@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import Golden, make_config, make_ids, make_model
 from reference import reference_logits
 
 from tlinformer import Engine, SamplingParams, TLinFormerForCausalLM, plan_cache
+from tlinformer.engine import available_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,6 +211,54 @@ def test_samples_follow_the_filtered_distribution(
     assert (got - p).abs().max() < 4 * (0.25 / 2000) ** 0.5
 
 
+def philox(counter: list[int], key: list[int]) -> int:
+    """The first word of Philox 4x32-10 (Salmon et al. 2011)."""
+    c, k = counter, key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b % 2**32, a >> 32 ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c[0]
+
+
+def test_a_seed_draws_the_same_tokens_everywhere(drawn_from: tuple[Any, torch.Tensor]) -> None:
+    """The published generator, and its number's place among the candidates, likeliest first."""
+    assert philox([0] * 4, [0] * 2) == 0x6627E8D5  # the authors' known answers
+    assert philox([2**32 - 1] * 4, [2**32 - 1] * 2) == 0x408F276D
+    model, logits = drawn_from
+    p, tokens = (logits / 2).softmax(0).topk(7)
+    edges = p.cumsum(0) / p.sum()
+    engine = engine_of(model, 4)
+    for seed in range(100):
+        engine.prefill(torch.tensor([[1]]))
+        drawn = engine.generate(1, SamplingParams(temperature=2.0, top_k=7, seed=seed * 2**27))
+        key = [seed * 2**27 % 2**32, seed >> 5]
+        number = (philox([1, 0, 0, 0], key) + 0.5) / 2**32
+        assert drawn == tokens[torch.searchsorted(edges, number)]
+
+
+def test_an_extreme_repetition_penalty_is_no_nan() -> None:
+    model = make_model(make_config(), dtype=torch.float32)
+    with torch.no_grad():
+        model.embed_tokens.weight[0] = 0  # its logit is 0
+    engine = engine_of(model, 4)
+    logits = engine.prefill(torch.tensor([[0]]))
+    drawn = engine.generate(1, SamplingParams(repetition_penalty=1e300))
+    assert logits.max() > 0 and torch.equal(drawn[0], logits.argmax(1))
+
+
+def test_torchs_default_dtype_does_not_matter() -> None:
+    model = make_model(make_config(), dtype=torch.float32)
+    engine = engine_of(model, 20)
+    want = engine.prefill(torch.tensor([[1, 2]]))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = engine.prefill(torch.tensor([[1, 2]], dtype=torch.uint16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_stop_tokens_end_sequences_apart() -> None:
     model = make_model(make_config(), dtype=torch.float32)
     prompts = [make_ids(model.config, 1, n, seed=n)[0] for n in (3, 9)]
@@ -242,6 +292,21 @@ def test_plan_is_the_papers_formula() -> None:
         plan_cache(config, max_context=10**6, memory_limit=tight)
 
 
+def test_available_memory_counts_what_the_kernel_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"meminfo": "MemAvailable: 1 kB", "memory.max": "1000\n", "memory.current": "900\n"}
+    for name, text in (files | {"memory.stat": "anon 500\ninactive_file 300\n"}).items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(
+        "tlinformer.engine.Path",
+        lambda path: tmp_path / "meminfo" if path == "/proc/meminfo" else tmp_path,
+    )
+    assert available_memory() == 400
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert available_memory() == 1  # 0 would mean unlimited
+
+
 def test_model_and_engine_errors() -> None:
     model = make_model(make_config(), dtype=torch.float32)
     engine = engine_of(model, 20)
@@ -252,6 +317,9 @@ def test_model_and_engine_errors() -> None:
         "outside the vocabulary": lambda: engine.prefill(torch.tensor([[-1]])),
         "is empty": lambda: engine.prefill(torch.empty(1, 0, dtype=torch.int64)),
         "integer token ids": lambda: engine.prefill(torch.rand(1, 3)),
+        "got torch.bool": lambda: engine.prefill(torch.ones(1, 3, dtype=torch.bool)),
+        "token id 4294967297": lambda: engine.prefill(torch.tensor([[2**32 + 1]])),
+        "are no token ids": lambda: engine.prefill([None]),  # type: ignore[list-item]
         r"\(B, L\)": lambda: engine.prefill(torch.zeros(1, 1, 1, dtype=torch.int64)),
         "max_context = 20": lambda: engine.prefill(make_ids(model.config, 1, 21)),
         "1 to 1 sequences": lambda: engine.prefill(make_ids(model.config, 2, 5)),
@@ -260,7 +328,12 @@ def test_model_and_engine_errors() -> None:
         "batch_size is -1": lambda: Engine(model, max_context=4, batch_size=-1),
         "dtype is": lambda: Engine(model, max_context=4, dtype=torch.int8),
         "float32 or bfloat16": lambda: Engine(model, max_context=4, dtype=torch.float16),
-        "num_threads": lambda: Engine(model, max_context=4, num_threads=-3),
+        "num_threads is -3": lambda: Engine(model, max_context=4, num_threads=-3),
+        "memory_limit is 1.5": lambda: plan_cache(
+            model.config,
+            max_context=4,
+            memory_limit=1.5,  # type: ignore[arg-type]
+        ),
     }
     for text, call in calls.items():
         with pytest.raises(ValueError, match=text):
@@ -271,7 +344,10 @@ def test_model_and_engine_errors() -> None:
     late = {
         "takes one each": lambda: engine.step(torch.tensor([1, 2])),
         r"it takes \(B\)": lambda: engine.step(torch.tensor([[1, 2]])),
+        r"shape \(\); it takes \(B\)": lambda: engine.step(5),  # type: ignore[arg-type]
         "cannot take 15 more": lambda: engine.generate(15),
+        "cannot take 4611686018427387904 more": lambda: engine.generate(2**62),
+        "max_new_tokens is 9223372036854775808": lambda: engine.generate(2**63),
         "max_new_tokens is": lambda: engine.generate(2.5),  # type: ignore[arg-type]
         "temperature": lambda: engine.generate(1, SamplingParams(temperature=-1)),
         "top_k": lambda: engine.generate(1, SamplingParams(top_k=-1)),
@@ -280,6 +356,10 @@ def test_model_and_engine_errors() -> None:
         "repetition_penalty": lambda: engine.generate(1, SamplingParams(repetition_penalty=0)),
         "stop token id 99": lambda: engine.generate(1, SamplingParams(stop_token_ids=[99])),
         "wrong type": lambda: engine.generate(1, SamplingParams(top_k="x")),  # type: ignore[arg-type]
+        "stop_token_ids=5": lambda: engine.generate(
+            1,
+            SamplingParams(stop_token_ids=5),  # type: ignore[arg-type]
+        ),
     }
     for text, call in late.items():
         with pytest.raises(ValueError, match=text):

@@ -16,6 +16,8 @@ SHAPES = [
     (1, 2, 2, 1, 1, 8),
     (2, 3, 3, 1, 200, 64),
     (1, 4, 4, 130, 1, 5),
+    (2, 8, 8, 260, 140, 20),
+    (1, 2, 1, 9, 11, 260),
     (2, 4, 2, 33, None, 12),
     (1, 1, 1, 5, 0, 1),
     (1, 2, 1, 0, 3, 4),
@@ -89,17 +91,19 @@ def test_matches_scaled_dot_product_attention():
     torch.testing.assert_close(ours, expected, atol=1e-13, rtol=0)
 
 
-def test_any_strides():
-    tensors = inputs(SHAPES[0])
-    expected = reference(*tensors)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_any_strides(dtype, atol):
+    tensors = [x.to(dtype) for x in inputs(SHAPES[0])]
+
+    def check(*strided):
+        expected = reference(*(x.double() for x in strided))
+        ours = window_attention(*strided).double()
+        torch.testing.assert_close(ours, expected, atol=atol, rtol=0)
+
     for swap in ((1, 2), (0, 2), (2, 3), (0, 3)):
-        strided = [x.transpose(*swap).contiguous().transpose(*swap) for x in tensors]
-        torch.testing.assert_close(window_attention(*strided), expected, atol=1e-13, rtol=0)
+        check(*(x.transpose(*swap).contiguous().transpose(*swap) for x in tensors))
     shared = tensors[1][:, :, :1].expand_as(tensors[1])
-    expected = reference(tensors[0], shared, *tensors[2:])
-    torch.testing.assert_close(
-        window_attention(tensors[0], shared, *tensors[2:]), expected, atol=1e-13, rtol=0
-    )
+    check(tensors[0], shared, *tensors[2:])
 
 
 def test_large_scores_do_not_overflow():
@@ -113,12 +117,17 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(alone - window, context, atol=1e-6, rtol=0)
 
 
-def test_a_nan_input_reaches_its_own_rows_only():
-    query, key, value = inputs((1, 1, 1, 40, None, 8))
-    key[0, 0, 20, 3] = float("nan")
-    nan = window_attention(query, key, value).isnan()
-    assert not nan[:, :, :20].any()
-    assert nan[:, :, 20:].all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_nan_input_reaches_its_own_rows_only(name, dtype):
+    tensors = dict(zip(("query", "key", "value"), inputs((1, 8, 8, 140, None, 8)), strict=True))
+    for row in (0, 20, 130):
+        poisoned = {key: x.to(dtype, copy=True) for key, x in tensors.items()}
+        poisoned[name][0, 0, row] = float("nan")
+        nan = window_attention(**poisoned).isnan()
+        last = row if name == "query" else 139
+        assert nan[0, 0, row : last + 1].all()
+        assert nan.sum() == (last + 1 - row) * 8
 
 
 @pytest.mark.parametrize("shape", [SMALL, (1, 2, 2, 3, None, 4)])

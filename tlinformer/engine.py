@@ -24,7 +24,7 @@ class SamplingParams:
     """How the next token is drawn; the filters apply in the order of the fields' list here.
 
     Args:
-        temperature: 0 is greedy (the filters below then have no effect).
+        temperature: 0 is greedy (only the repetition penalty then has an effect).
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
         min_p: drop tokens less likely than `min_p` times the likeliest one, in [0, 1].
@@ -44,11 +44,11 @@ class SamplingParams:
 
     def _compiled(self) -> Any:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["seed"] = int(self.seed) % 2**64
-        fields["stop_token_ids"] = [int(i) for i in self.stop_token_ids]
         try:
+            fields["seed"] = int(self.seed) % 2**64
+            fields["stop_token_ids"] = [int(i) for i in self.stop_token_ids]
             return _C.SamplingParams(*fields.values())
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"sampling parameters of the wrong type: {self}") from None
 
 
@@ -87,6 +87,11 @@ class CachePlan:
         return f"CachePlan(total_bytes={self.total_bytes}, {self.bytes_by_region})"
 
 
+def _check_integer(name: str, value: Any, least: int, most: int = 2**62) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}; it must be an integer, {least} to {most}")
+
+
 def _dtype_name(dtype: torch.dtype | str | None) -> str:
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
@@ -115,9 +120,9 @@ def plan_cache(
         ValueError: for options out of range.
         RuntimeError: when the plan exceeds `memory_limit`, naming the longest context that fits.
     """
-    for name, value in (("max_context", max_context), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**62:
-            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    _check_integer("max_context", max_context, 1)
+    _check_integer("batch_size", batch_size, 1)
+    _check_integer("memory_limit", memory_limit, 0)
     compiled = _C.Config(config.to_dict())
     return CachePlan(
         _C.CachePlan(compiled, max_context, batch_size, _dtype_name(dtype), memory_limit)
@@ -125,7 +130,10 @@ def plan_cache(
 
 
 def available_memory() -> int:
-    """Bytes this process can still take: the machine's, or its control group's if that is less."""
+    """Bytes this process can still take: the machine's, or its control group's if that is less.
+
+    At least 1; 0 where the system does not say.
+    """
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -134,10 +142,12 @@ def available_memory() -> int:
         group = Path("/sys/fs/cgroup")
         most = (group / "memory.max").read_text().strip()
         if most != "max":
-            limits.append(int(most) - int((group / "memory.current").read_text()))
+            counts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(dict(counts).get("inactive_file", 0))  # given back when asked for
+            limits.append(int(most) - int((group / "memory.current").read_text()) + cached)
     except (OSError, ValueError):
         pass  # not Linux, or no control group: no limit known from there
-    return max(0, min(limits)) if limits else 0
+    return max(1, min(limits)) if limits else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +171,13 @@ class EngineStats:
     cache_bytes: int
     history_length: int | list[int]
     window_fill: int | list[int]
+
+
+def _tensor(token_ids: Any, call: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{call} got {token_ids!r}, which are no token ids: {error}") from None
 
 
 class Engine:
@@ -198,6 +215,8 @@ class Engine:
                 f"the model is on {device}; this build of the engine runs on the CPU: "
                 "model.to('cpu') first"
             )
+        threads = torch.get_num_threads() if num_threads is None else num_threads
+        _check_integer("num_threads", threads, 0, 4096)
         self.config: TLinFormerConfig = model.config
         self.batch_size = batch_size
         name = _dtype_name(next(model.parameters()).dtype if dtype is None else dtype)
@@ -216,7 +235,7 @@ class Engine:
             for key, tensor in model.state_dict().items()
         }
         # The whole cache, (total_bytes) uint8, laid out as `plan.regions` says.
-        self.arena = torch.empty(self.plan.total_bytes, dtype=torch.uint8)
+        self.arena = torch.empty(self.plan.total_bytes, dtype=torch.uint8, device="cpu")
         self._compiled = _C.Engine(
             _C.Config(self.config.to_dict()),
             name,
@@ -224,7 +243,7 @@ class Engine:
             self.plan._compiled,
             self.arena.data_ptr(),
             self.arena.numel(),
-            torch.get_num_threads() if num_threads is None else num_threads,
+            threads,
         )
         self._as_list = False
 
@@ -239,25 +258,29 @@ class Engine:
                 )
             rows = list(token_ids if token_ids.ndim == 2 else token_ids[None])
         elif isinstance(token_ids, Sequence) and not isinstance(token_ids, (str, bytes)):
-            rows = [torch.as_tensor(row) for row in token_ids]
+            rows = [_tensor(row, call) for row in token_ids]
         else:
             raise ValueError(f"{call} takes a tensor or a list of 1-D tensors, not {token_ids!r}")
         for row in rows:
-            if row.ndim != 1 or (row.numel() and (row.is_floating_point() or row.is_complex())):
+            integers = torch.can_cast(row.dtype, torch.int64) and row.dtype != torch.bool
+            if row.ndim != 1 or (row.numel() and not integers):
                 raise ValueError(
                     f"{call} takes integer token ids, 1-D for each sequence; got {row.dtype} of "
                     f"shape {tuple(row.shape)}"
                 )
-            if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < self.config.vocab_size:
-                bad = row[(row < 0) | (row >= self.config.vocab_size)][0]
+        rows = [row.to("cpu", torch.int64) for row in rows]
+        for row in rows:
+            bad = row[(row < 0) | (row >= self.config.vocab_size)]
+            if bad.numel():
                 raise ValueError(
-                    f"{call}: token id {int(bad)} is outside the vocabulary, 0 to "
+                    f"{call}: token id {int(bad[0])} is outside the vocabulary, 0 to "
                     f"{self.config.vocab_size - 1}"
                 )
-        return [row.to("cpu", torch.int32).contiguous() for row in rows]
+        return [row.to(torch.int32).contiguous() for row in rows]
 
     def _logits(self, as_list: bool) -> Any:
-        logits = torch.empty(self._compiled.sequences, self.config.vocab_size)
+        shape = (self._compiled.sequences, self.config.vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults
         self._compiled.copy_logits(logits.data_ptr())
         return list(logits) if as_list else logits
 
@@ -295,13 +318,7 @@ class Engine:
         Raises:
             ValueError: without a prefill, for ids out of range or a full cache; nothing is lost.
         """
-        if isinstance(token_ids, torch.Tensor):
-            ids, as_list = token_ids, False
-        else:
-            rows = [torch.as_tensor(i).reshape(-1) for i in token_ids]
-            if any(row.numel() != 1 for row in rows):
-                raise ValueError("step takes one token for each sequence")
-            ids, as_list = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), True
+        ids = _tensor(token_ids, "step")
         if ids.ndim == 2 and ids.size(1) == 1:
             ids = ids[:, 0]
         if ids.ndim != 1:
@@ -310,7 +327,7 @@ class Engine:
                 "each sequence"
             )
         self._compiled.step(self._ids(ids, "step")[0].tolist())
-        return self._logits(as_list)
+        return self._logits(not isinstance(token_ids, torch.Tensor))
 
     def generate(
         self,
@@ -334,8 +351,7 @@ class Engine:
             ValueError: without a prefill, for bad parameters, or more tokens than `max_context`.
             RuntimeError: for NaN logits, naming the position; tokens drawn so far stay cached.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer >= 0")
+        _check_integer("max_new_tokens", max_new_tokens, 0)
         compiled = (sampling or SamplingParams())._compiled()
         rows = self._compiled.generate(max_new_tokens, compiled, on_token)
         if self._as_list:

@@ -61,3 +61,12 @@ class Stopwatch:
             yield
         finally:
             self._start += time.perf_counter() - began
+
+
+def format_bytes(size: float) -> str:
+    """'1.5 MiB': a size in the largest binary unit that it reaches, from KiB to PiB."""
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:,.1f} {unit}"
+    return f"{size / 1024:,.1f} PiB"

@@ -33,7 +33,8 @@ Attend::Attend(const Config& config, DType dtype, int threads, int64_t batch_siz
       threads_(threads),
       second_(second),
       softmax_(softmax) {
-  // The most parts one_row_each makes: every (row, key/value head, group), plus the splits.
+  // The most parts one_row_each makes: every (row, key/value head, cache), each split
+  // while that makes fewer than four for a thread.
   const int64_t parts = 2 * (batch_size * kv_heads_ + 4 * threads_);
   parts_.reserve(static_cast<size_t>(parts));
   partials_.resize(static_cast<size_t>(parts * (heads_ / kv_heads_) * (d_ + 2)));
@@ -54,12 +55,12 @@ void Attend::one_row_each_typed(const std::vector<Queries>& queries) {
   parts_.clear();
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < kv_heads_; ++head) {
-      for (int64_t g = 0; g < 2; ++g) {
-        const Keys& keys = queries[static_cast<size_t>(row)].keys[g];
+      for (int64_t cache = 0; cache < 2; ++cache) {
+        const Keys& keys = queries[static_cast<size_t>(row)].keys[cache];
         if (keys.count == 0) continue;
         const int64_t n = std::clamp<int64_t>(keys.count / kPartKeys, 1, splits);
         for (int64_t i = 0; i < n; ++i) {
-          parts_.push_back({row, head, g, keys.begin + keys.count * i / n,
+          parts_.push_back({row, head, cache, keys.begin + keys.count * i / n,
                             keys.begin + keys.count * (i + 1) / n});
         }
       }
@@ -72,15 +73,15 @@ void Attend::one_row_each_typed(const std::vector<Queries>& queries) {
     for (int64_t i = 0; i < count; ++i) {
       const Part& part = parts_[static_cast<size_t>(i)];
       const Queries& query = queries[static_cast<size_t>(part.row)];
-      const Keys& keys = query.keys[part.group];
+      const Keys& keys = query.keys[part.cache];
       const int64_t offset = part.kv_head * keys.head_stride;
       typed<T>(kernels()).decode(query.q + part.kv_head * group * d_, group,
                                  static_cast<const T*>(keys.k) + offset,
                                  static_cast<const T*>(keys.v) + offset, part.begin, part.end, d_,
                                  partials_.data() + i * part_floats);
     }
-    // Merge the parts of a group by log-sum-exp, add the groups. Parts of one (row, head) are
-    // consecutive, and so are those of a group inside.
+    // Merge the parts of a cache by log-sum-exp, add the caches. Parts of one (row, head) are
+    // consecutive, and so are those of a cache inside.
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
       const Part& lead = parts_[static_cast<size_t>(i)];
@@ -96,10 +97,11 @@ void Attend::one_row_each_typed(const std::vector<Queries>& queries) {
           return partials_.data() + j * part_floats + h * (d_ + 2);
         };
         for (int64_t first = i; first < count && same_head(first);) {
-          const int64_t g = parts_[static_cast<size_t>(first)].group;
+          const int64_t cache = parts_[static_cast<size_t>(first)].cache;
           int64_t last = first;
           float maximum = kMinusInfinity;
-          for (; last < count && same_head(last) && parts_[static_cast<size_t>(last)].group == g;
+          for (;
+               last < count && same_head(last) && parts_[static_cast<size_t>(last)].cache == cache;
                ++last) {
             maximum = std::max(maximum, state(last)[0]);
           }

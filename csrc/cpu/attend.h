@@ -73,7 +73,7 @@ class Attend {
   std::vector<float> scratch_;  // of every thread
 
   struct Part {  // of the keys of one query row and key/value head
-    int64_t row, kv_head, group, begin, end;
+    int64_t row, kv_head, cache, begin, end;
   };
   std::vector<Part> parts_;
 };

@@ -12,20 +12,21 @@ TLIN_INLINE float dot(const float* q, const T* k, int64_t d) {
 
 // out[0..d) += sum over 4 rows of p[row] * v[row]: one load and store of out for four of v.
 template <class T>
-TLIN_INLINE void add_rows(const float* p, const T* v, int64_t rows, int64_t d, float* out) {
+TLIN_INLINE void add_rows(const float* p, const T* v, int64_t ldv, int64_t rows, int64_t d,
+                          float* out) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, v += 4 * d) {
+  for (; row + 4 <= rows; row += 4, v += 4 * ldv) {
     int64_t i = 0;
     for (; i + kLanes <= d; i += kLanes) {
       VecF acc = load(out + i);
-      for (int r = 0; r < 4; ++r) acc += splat(p[row + r]) * load(v + r * d + i);
+      for (int r = 0; r < 4; ++r) acc += splat(p[row + r]) * load(v + r * ldv + i);
       store(out + i, acc);
     }
     for (; i < d; ++i) {
-      for (int r = 0; r < 4; ++r) out[i] += p[row + r] * load1(v + r * d + i);
+      for (int r = 0; r < 4; ++r) out[i] += p[row + r] * load1(v + r * ldv + i);
     }
   }
-  for (; row < rows; ++row, v += d) {
+  for (; row < rows; ++row, v += ldv) {
     for (int64_t i = 0; i < d; ++i) out[i] += p[row] * load1(v + i);
   }
 }
@@ -47,32 +48,41 @@ TLIN_INLINE float softmax_step(float* scores, int64_t n, float maximum, float* t
   return m;
 }
 
+constexpr int64_t kBlock = 64;
+
+// One query row against n <= kBlock keys where they lie; state and out as in TileArgs.
+template <class T>
+TLIN_INLINE void attend_row(const float* q, const T* k, int64_t ldk, const T* v, int64_t ldv,
+                            int64_t n, int64_t d, float* state, float* out) {
+  float scores[kBlock];
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = 0; i < n; ++i) scores[i] = dot(q, k + i * ldk, d);
+  for (int64_t i = n; i < padded; ++i) scores[i] = kMinusInfinity;
+  float total = 0;
+  const float before = state[0];
+  state[0] = softmax_step(scores, padded, before, &total);
+  if (state[0] != before && before != kMinusInfinity) {
+    const float shrink = exp2(before - state[0]);
+    state[1] *= shrink;
+    for (int64_t i = 0; i < d; ++i) out[i] *= shrink;
+  }
+  state[1] += total;
+  add_rows(scores, v, ldv, n, d, out);
+}
+
 template <class T>
 void decode(const float* q, int64_t g, const T* k, const T* v, int64_t begin, int64_t end,
             int64_t d, float* out) {
-  constexpr int64_t kBlock = 64;
   for (int64_t h = 0; h < g; ++h) {
     float* state = out + h * (d + 2);
     state[0] = kMinusInfinity;
     for (int64_t i = 1; i < d + 2; ++i) state[i] = 0;
   }
-  float scores[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t n = end - first < kBlock ? end - first : kBlock;
-    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
     for (int64_t h = 0; h < g; ++h) {
       float* state = out + h * (d + 2);
-      for (int64_t i = 0; i < n; ++i) scores[i] = dot(q + h * d, k + (first + i) * d, d);
-      for (int64_t i = n; i < padded; ++i) scores[i] = kMinusInfinity;
-      float total = 0;
-      const float before = state[0];
-      state[0] = softmax_step(scores, padded, before, &total);
-      if (state[0] != before && before != kMinusInfinity) {
-        const float shrink = exp2(before - state[0]);
-        for (int64_t i = 1; i < d + 2; ++i) state[i] *= shrink;
-      }
-      state[1] += total;
-      add_rows(scores, v + first * d, n, d, state + 2);
+      attend_row(q + h * d, k + first * d, d, v + first * d, d, n, d, state, state + 2);
     }
   }
 }
@@ -182,7 +192,7 @@ TLIN_INLINE void tile_rows(const TileArgs<T>& a, int64_t row, int64_t first, int
   // All rows see what the first does. The rest one by one: no value may meet a row it is hidden
   // from, since even 0 times NaN is NaN.
   add_values<R>(scores, vt, ldv, sees[0], out);
-  for (int r = 1; r < R && sees[r] > sees[0]; ++r) {
+  for (int r = 1; r < R; ++r) {
     add_values<1>(scores + r * kTileKeys + sees[0], vt + sees[0] * ldv, ldv, sees[r] - sees[0],
                   out + r * kMaxHeadDim);
   }
@@ -192,8 +202,24 @@ TLIN_INLINE void tile_rows(const TileArgs<T>& a, int64_t row, int64_t first, int
   }
 }
 
+// Too few rows to pack keys for.
+template <class T>
+void few_rows(const TileArgs<T>& a) {
+  for (int64_t first = a.begin; first < a.end; first += kBlock) {
+    for (int64_t row = 0; row < a.rows; ++row) {
+      int64_t n = a.end - first < kBlock ? a.end - first : kBlock;
+      const int64_t limit = a.diagonal + row + 1 - first;
+      if (a.causal && limit < n) n = limit;
+      if (n <= 0) continue;
+      attend_row(a.q + row * a.ldq, a.k + first * a.ldk, a.ldk, a.v + first * a.ldv, a.ldv, n, a.d,
+                 a.state + row * a.ld_state, a.out + row * a.ldq);
+    }
+  }
+}
+
 template <class T>
 void tile(const TileArgs<T>& a) {
+  if (a.rows < kTileRows) return few_rows(a);
   const int64_t ldv = (a.d + 7) / 8 * 8;
   float* kt = a.scratch;             // (d, kTileKeys): keys transposed
   float* vt = kt + a.d * kTileKeys;  // (kTileKeys, ldv): values, rows padded with zeros

@@ -14,6 +14,7 @@
 
 #include "../runtime/workspace.h"
 #include "attend.h"
+#include "key_value_cache.h"
 #include "layer.h"
 #include "rope.h"
 #include "sample.h"
@@ -22,7 +23,10 @@ namespace tlinformer {
 namespace cpu {
 namespace {
 
-int default_threads() {
+int threads_of(const EngineOptions& options) {
+  require(options.num_threads >= 0 && options.num_threads <= 4096,
+          "num_threads = ", options.num_threads, "; it must be 0 (all) to 4096");
+  if (options.num_threads > 0) return options.num_threads;
 #if defined(_OPENMP)
   return omp_get_max_threads();
 #else
@@ -38,10 +42,11 @@ class CpuBackend final : public Backend {
         plan_(plan),
         arena_(static_cast<char*>(arena.data)),
         dtype_(plan.options().dtype),
-        threads_(options.num_threads > 0 ? options.num_threads : default_threads()),
+        threads_(threads_of(options)),
         w_(Workspace::layout(config, plan.options(), plan.piece_rows())),
         base_(reinterpret_cast<float*>(arena_ + plan.find("workspace")->offset)),
         dense_(dtype_, threads_, base_ + w_.panel, w_.panel_rows),
+        cache_(c_, plan_, arena_, threads_),
         rope_(config.head_dim(), config.rope_theta, threads_),
         attend_(config, dtype_, threads_, plan.options().batch_size, base_ + w_.normed,
                 base_ + w_.softmax) {
@@ -49,14 +54,13 @@ class CpuBackend final : public Backend {
             "the CPU backend computes in float32 and bfloat16, not float16");
     require(weights.dtype == dtype_, "the weights are ", name_of(weights.dtype),
             ", the cache plan is ", name_of(dtype_), "; they must agree");
-    require(options.num_threads >= 0 && options.num_threads <= 4096,
-            "num_threads = ", options.num_threads, "; it must be 0 (all) to 4096");
     touch(arena.bytes);
     embed_ = {weights.embed_tokens, nullptr, c_.vocab_size, c_.hidden_size};
     norm_weight_ = to_floats(dtype_, weights.norm_weight, c_.hidden_size);
     norm_bias_ = to_floats(dtype_, weights.norm_bias, c_.hidden_size);
     for (const LayerWeights& from : weights.layers) layers_.emplace_back(c_, dtype_, from);
     queries_.reserve(static_cast<size_t>(plan.options().batch_size));
+    warm_up();
   }
 
   void run(const Stage& stage, const std::vector<Span>& spans,
@@ -127,6 +131,15 @@ class CpuBackend final : public Backend {
     }
   }
 
+  // CBLAS takes buffers of its own when first used on a size; after this, memory is constant.
+  void warm_up() {
+    x_ = base_ + w_.history;
+    rows_ = plan_.piece_rows();
+    std::memset(x_, 0, row_bytes(rows_));
+    std::memset(base_ + w_.output, 0, row_bytes(rows_));
+    finish(layers_.front());
+  }
+
   const Layer& layer(const Verb& verb) const {
     return layers_[static_cast<size_t>(verb.block * c_.block_depth + verb.layer)];
   }
@@ -175,69 +188,29 @@ class CpuBackend final : public Backend {
     }
   }
 
-  Keys keys_of(Cache cache, const Verb& verb, const Span& span) const {
-    const Slots slots = slots_of(plan_, cache, verb.block, verb.layer, span);
-    if (slots.count == 0) return {};
-    const int64_t element = size_of(dtype_);
-    const int64_t head_stride = slots.region->rows * c_.head_dim();
-    const char* k = arena_ + slots.region->offset +
-                    span.sequence * c_.num_key_value_heads * head_stride * element;
-    return {k,           k + slots.region->bytes / 2, head_stride, slots.first,
-            slots.count, cache == Cache::window};
-  }
-
   void project(const Verb& verb) {
     const Layer& layer = this->layer(verb);
     norm(layer.attn_norm_weight, layer.attn_norm_bias);
     const int64_t dq = c_.query_dim(), dkv = c_.kv_dim();
     const int64_t begin = verb.queries ? 0 : dq;
-    const int64_t end = verb.writes ? dq + 2 * dkv : dq;
+    const int64_t columns = (verb.keys_values ? dq + 2 * dkv : dq) - begin;
     float* wide = base_ + w_.wide;
-    dense_(layer.qkv, begin, end, base_ + w_.normed, rows_, false, wide, end - begin);
+    dense_(layer.qkv, begin, begin + columns, base_ + w_.normed, rows_, false, wide, columns);
+    if (verb.queries) {
+      const float scale = kScoreScale / std::sqrt(static_cast<float>(c_.head_dim()));
+#pragma omp parallel for num_threads(threads_) schedule(static) if (rows_ > 8)
+      for (int64_t i = 0; i < rows_; ++i) {
+        rope_.rotate(wide + i * columns, base_ + w_.rope + i * c_.head_dim(),
+                     c_.num_attention_heads, scale, base_ + w_.query + i * dq);
+      }
+    }
+    if (!verb.keys_values) return;
     int64_t row = 0;
     for (const Span& span : *spans_) {
-      const float* from = wide + row * (end - begin);
-      if (dtype_ == DType::bfloat16) {
-        place<bf16>(verb, span, row, from, end - begin);
-      } else {
-        place<float>(verb, span, row, from, end - begin);
-      }
+      const float* from = wide + row * columns + dq - begin;
+      const float* angles = base_ + w_.rope + row * c_.head_dim();
+      cache_.write(*verb.keys_values, verb, span, rope_, angles, from, columns);
       row += span.rows;
-    }
-  }
-
-  // Rotates queries and keys; keys and values go to their cache.
-  template <class T>
-  void place(const Verb& verb, const Span& span, int64_t first_row, const float* from,
-             int64_t stride) {
-    const int64_t d = c_.head_dim(), dq = c_.query_dim(), dkv = c_.kv_dim();
-    const float scale = kScoreScale / std::sqrt(static_cast<float>(d));
-    Slots slots{};
-    Keys keys;
-    if (verb.writes) {
-      slots = slots_of(plan_, verb.keys_values, verb.block, verb.layer, span);
-      keys = keys_of(verb.keys_values, verb, span);
-    }
-#pragma omp parallel for num_threads(threads_) schedule(static) if (span.rows > 8)
-    for (int64_t i = 0; i < span.rows; ++i) {
-      const float* line = from + i * stride;
-      const float* angles = base_ + w_.rope + (first_row + i) * d;
-      if (verb.queries) {
-        float* q = base_ + w_.query + (first_row + i) * dq;
-        for (int64_t h = 0; h < dq; h += d) rope_.rotate(line + h, angles, scale, q + h);
-        line += dq;
-      }
-      if (!verb.writes) continue;
-      const int64_t slot = slots.slot(span.begin + i);
-      float rotated[kMaxHeadDim];
-      for (int64_t h = 0; h < c_.num_key_value_heads; ++h) {
-        const int64_t at = h * keys.head_stride + slot * d;
-        rope_.rotate(line + h * d, angles, 1.0f, rotated);
-        T* k = static_cast<T*>(const_cast<void*>(keys.k)) + at;
-        T* v = static_cast<T*>(const_cast<void*>(keys.v)) + at;
-        typed<T>(kernels()).narrow(rotated, d, k);
-        typed<T>(kernels()).narrow(line + dkv + h * d, d, v);
-      }
     }
   }
 
@@ -249,8 +222,8 @@ class CpuBackend final : public Backend {
       queries.q = base_ + w_.query + row * c_.query_dim();
       queries.out = base_ + w_.output + row * c_.query_dim();
       queries.rows = span.rows;
-      if (verb.causal) queries.keys[0] = keys_of(Cache::window, verb, span);
-      if (verb.reads_context) queries.keys[1] = keys_of(verb.context, verb, span);
+      if (verb.causal) queries.keys[0] = cache_.read(Cache::window, verb, span);
+      if (verb.context) queries.keys[1] = cache_.read(*verb.context, verb, span);
       queries_.push_back(queries);
       row += span.rows;
     }
@@ -305,6 +278,7 @@ class CpuBackend final : public Backend {
   Workspace w_;
   float* base_;
   Dense dense_;
+  KeyValueCache cache_;
   Rope rope_;
   Attend attend_;
   Sampler sampler_;

@@ -29,13 +29,15 @@ class Rope {
     }
   }
 
-  // One head, (d), times `scale`.
-  void rotate(const float* from, const float* angles, float scale, float* to) const {
-    for (int64_t i = 0; i < d_; i += 2) {
-      const float cosine = angles[i] * scale, sine = angles[i + 1] * scale;
-      const float even = from[i], odd = from[i + 1];
-      to[i] = even * cosine - odd * sine;
-      to[i + 1] = even * sine + odd * cosine;
+  // Heads of one row, (heads, d), times `scale`.
+  void rotate(const float* from, const float* angles, int64_t heads, float scale, float* to) const {
+    for (int64_t h = 0; h < heads; ++h, from += d_, to += d_) {
+      for (int64_t i = 0; i < d_; i += 2) {
+        const float cosine = angles[i] * scale, sine = angles[i + 1] * scale;
+        const float even = from[i], odd = from[i + 1];
+        to[i] = even * cosine - odd * sine;
+        to[i + 1] = even * sine + odd * cosine;
+      }
     }
   }
 

@@ -33,13 +33,14 @@ int32_t Sampler::draw(const float* logits, int64_t vocab_size, const SamplingPar
                       const uint8_t* seen, int64_t sequence, int64_t position) {
   candidates_.clear();
   candidates_.reserve(static_cast<size_t>(vocab_size));
-  const float penalty = static_cast<float>(params.repetition_penalty);
   for (int64_t i = 0; i < vocab_size; ++i) {
-    float logit = logits[i];
+    double logit = logits[i];
     require<NumericalError>(!std::isnan(logit), "the logits of sequence ", sequence,
                             " at position ", position, " contain NaN (token ", i,
                             "): the weights hold NaN or infinity, or overflowed their dtype");
-    if (seen && seen[i]) logit = logit > 0 ? logit / penalty : logit * penalty;
+    if (seen && seen[i]) {
+      logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
+    }
     candidates_.push_back({static_cast<int32_t>(i), logit});
   }
   // Ties go to the lower token id, everywhere.
@@ -50,12 +51,13 @@ int32_t Sampler::draw(const float* logits, int64_t vocab_size, const SamplingPar
   if (params.temperature == 0) return best.token;
 
   if (params.top_k > 0 && params.top_k < vocab_size) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + params.top_k - 1, candidates_.end(),
-                     likelier);
+    // Sorted, because the order of the candidates decides which of them a random number means.
+    std::partial_sort(candidates_.begin(), candidates_.begin() + params.top_k, candidates_.end(),
+                      likelier);
     candidates_.resize(static_cast<size_t>(params.top_k));
   }
   const auto weight = [&](const Candidate& candidate) {
-    return std::exp((static_cast<double>(candidate.logit) - best.logit) / params.temperature);
+    return std::exp((candidate.logit - best.logit) / params.temperature);
   };
   double total = 0;
   if (params.top_p < 1) {

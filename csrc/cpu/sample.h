@@ -17,7 +17,7 @@ class Sampler {
  private:
   struct Candidate {
     int32_t token;
-    float logit;
+    double logit;
   };
   std::vector<Candidate> candidates_;
   std::vector<double> weights_;

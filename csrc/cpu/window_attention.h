@@ -3,9 +3,7 @@
 //   context_value
 #pragma once
 
-#if defined(_OPENMP)
 #include <omp.h>
-#endif
 
 #include <algorithm>
 #include <cmath>

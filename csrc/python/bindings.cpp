@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
-#include <mutex>
 
 #include "../cpu/kernels.h"
 #include "tlinformer/engine.h"
@@ -55,7 +54,7 @@ std::function<bool(Args...)> callback(py::object function) {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (function.is_none()) return true;
     const py::object answer = function(args...);
-    return answer.is_none() || answer.cast<bool>();
+    return answer.is_none() || py::bool_(answer);
   };
 }
 
@@ -113,16 +112,20 @@ class PyEngine {
   EngineStats stats() const { return engine_.stats(); }
 
  private:
-  // An engine serves one call at a time; callbacks must not call back into it either.
-  std::unique_lock<std::mutex> own() {
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    require<Error>(lock.owns_lock(),
-                   "the engine is busy with another call; use one engine per thread");
-    return lock;
+  // An engine serves one call at a time; callbacks must not call back into it either. The GIL is
+  // held wherever this flag changes.
+  struct Owner {
+    bool& busy;
+    ~Owner() { busy = false; }
+  };
+  Owner own() {
+    require<Error>(!busy_, "the engine is busy with another call; use one engine per thread");
+    busy_ = true;
+    return {busy_};
   }
 
   Engine engine_;
-  std::mutex mutex_;
+  bool busy_ = false;
 };
 
 }  // namespace

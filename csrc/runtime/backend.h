@@ -8,6 +8,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "tlinformer/cache.h"
@@ -27,8 +28,8 @@ struct Verb {
   enum class Kind {
     embed,    // x <- embed_tokens[token]
     load,     // x <- the stored history stream
-    project,  // q of x if `queries`; k, v of x -> cache `keys_values` if `writes`
-    attend,   // o <- q against `context` if `reads_context`, plus the causal window if `causal`
+    project,  // q of x if `queries`; k, v of x -> `keys_values` if given
+    attend,   // o <- q against `context` if given, plus the causal window if `causal`
     finish,   // x <- finish(x, o)
     store,    // the stored history stream <- x
     keep,     // the compressed stream <- those rows of x that will be compressed
@@ -38,11 +39,9 @@ struct Verb {
   int block = 0;
   int layer = 0;
   bool queries = false;
-  bool writes = false;
   bool causal = false;
-  bool reads_context = false;
-  Cache keys_values = Cache::window;
-  Cache context = Cache::context;
+  std::optional<Cache> keys_values{};
+  std::optional<Cache> context{};
 };
 
 struct Stage {
@@ -64,15 +63,17 @@ struct Span {
   int64_t compressed = 0;  // rows the history is compressed to: positions C - compressed ... C - 1
 };
 
-// Where the rows of a span lie in a layer's cache: slot of `position`, and the slots in use.
+// Where a layer's cache lies for a span: the slots in use, and which position slot 0 holds.
 struct Slots {
   const Region* region;
-  int64_t first;  // slot of the cache's first valid row
+  int64_t first;  // slot of the first valid row
   int64_t count;  // valid rows once the span's own rows are written
-  int64_t slot(int64_t position) const { return position - base; }
-  int64_t base;  // position held by slot 0
+  int64_t base;   // position held by slot 0
 };
 Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span);
+
+// Rows of its context that an attend verb reads.
+int64_t keys_read(const Verb& verb, const Span& span);
 
 // Multiply-adds of a stage over a span, about: the unit of progress.
 double cost(const Config& config, const Stage& stage, const Span& span);

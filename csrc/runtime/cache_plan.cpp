@@ -39,8 +39,11 @@ void CachePlan::add(const std::string& name, int block, int layer, int64_t rows,
 CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options) {
   config.validate();
   check_options(options);
-  // More than this could overflow; no machine holds it anyway.
-  const double row = 16.0 * static_cast<double>(config.kv_dim() * config.num_layers());
+  // More than this could overflow; no machine holds it anyway. A row is a token's keys and values
+  // in every layer, and the widest activations.
+  const double row =
+      16.0 * (static_cast<double>(config.kv_dim() * (config.num_layers() + 1)) +
+              static_cast<double>(2 * config.hidden_size + config.intermediate_size));
   require<OutOfMemory>(
       row * static_cast<double>(options.max_context) * static_cast<double>(options.batch_size) <
           4e18,

@@ -30,6 +30,7 @@ DType dtype_from_name(const std::string& name) {
 }
 
 void Config::validate() const {
+  constexpr int64_t kMostLayers = 65536;
   const auto positive = [](const char* field, int64_t value) {
     constexpr int64_t kMost = int64_t{1} << 31;
     require(value > 0 && value < kMost, field, " = ", value, "; it must be 1 to ", kMost - 1);
@@ -39,10 +40,13 @@ void Config::validate() const {
   positive("num_attention_heads", num_attention_heads);
   positive("num_key_value_heads", num_key_value_heads);
   positive("num_blocks", num_blocks);
+  positive("block_depth", block_depth);
   positive("generation_window", generation_window);
   positive("intermediate_size", intermediate_size);
-  require(block_depth >= 2 && block_depth < 65536, "block_depth = ", block_depth,
+  require(block_depth >= 2, "block_depth = ", block_depth,
           "; a block needs at least 2 layers, compress and restore");
+  require(num_layers() <= kMostLayers, "num_blocks * block_depth = ", num_layers(),
+          " layers; they must be at most ", kMostLayers);
   require(history_window >= 0, "history_window = ", history_window,
           "; it must be at least 1, or 0 for auto");
   require(hidden_size % num_attention_heads == 0, "hidden_size = ", hidden_size,
@@ -63,12 +67,10 @@ void Config::validate() const {
 
 int64_t Config::compressed_rows(int64_t history) const {
   if (history <= 0) return 0;
-  int64_t window = history_window;
-  if (window == kAuto) {
-    const double wanted = history_window_coefficient * std::log(static_cast<double>(history));
-    window = std::max<int64_t>(8, 8 * static_cast<int64_t>(std::ceil(wanted / 8)));
-  }
-  return std::min(history, window);
+  if (history_window != kAuto) return std::min(history, history_window);
+  const double length = static_cast<double>(history);
+  const double wanted = std::ceil(history_window_coefficient * std::log(length) / 8) * 8;
+  return static_cast<int64_t>(std::min(length, std::max(8.0, wanted)));
 }
 
 void SamplingParams::validate(int64_t vocab_size) const {

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "backend.h"
+#include "meter.h"
 
 namespace tlinformer {
 
@@ -31,22 +32,6 @@ struct Engine::Impl {
   Span span_of(int64_t sequence, int64_t begin, int64_t rows, int64_t history) const {
     return {sequence, begin, rows, history, config.compressed_rows(history)};
   }
-
-  // Turns work done into a share of the call's whole work.
-  struct Meter {
-    const Progress* progress;
-    double total = 0;
-    double done = 0;
-    void poll() const {
-      if (*progress && !(*progress)(total > 0 ? std::min(done / total, 1.0) : 1.0)) {
-        throw Interrupted("interrupted by the progress callback");
-      }
-    }
-    void advance(double cost) {
-      done += cost;
-      poll();
-    }
-  };
 
   void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
     span_tokens.clear();
@@ -155,7 +140,6 @@ struct Engine::Impl {
       meter.total = slide_cost(index, history);
       meter.done = 0;
       slide(index, history, meter);
-      ++slid;
     }
     spans.clear();
     for (size_t i = 0; i < listed.size(); ++i) {
@@ -165,26 +149,21 @@ struct Engine::Impl {
       sequence.known_history = std::max(sequence.known_history, position + 1);
       spans.push_back(span_of(listed[i], position, 1, config.history_at(position)));
     }
-    const Progress none;
+    const Progress none;  // a hit is too short to interrupt
     Meter unmetered{&none};
     run(window, spans, unmetered);
     count_hits();
   }
 
   void count_hits() {
-    stats.hits += static_cast<int64_t>(spans.size()) - slid;
-    slid = 0;
     for (const Span& span : spans) {
+      stats.hits += span.begin > span.history;  // the first token of a window is a slide's
       for (const Verb& verb : window.verbs) {
         if (verb.kind != Verb::Kind::attend) continue;
-        stats.rows_read += span.begin + 1 - span.history;
-        if (verb.reads_context) {
-          stats.rows_read += verb.context == Cache::history ? span.history : span.compressed;
-        }
+        stats.rows_read += span.begin + 1 - span.history + keys_read(verb, span);
       }
     }
   }
-  int64_t slid = 0;  // slides of the push under way
 
   template <class... Where>
   void check_tokens(const Tokens& tokens, const Where&... where) const {
@@ -201,7 +180,7 @@ struct Engine::Impl {
   void check_room(int64_t tokens) const {
     for (int64_t i = 0; i < active; ++i) {
       const int64_t held = static_cast<int64_t>(sequences[static_cast<size_t>(i)].tokens.size());
-      require(held + tokens <= plan.options().max_context, "sequence ", i, " holds ", held,
+      require(tokens <= plan.options().max_context - held, "sequence ", i, " holds ", held,
               " tokens and cannot take ", tokens,
               " more: max_context = ", plan.options().max_context,
               "; create the engine with a larger one or ask for fewer tokens");
@@ -221,7 +200,8 @@ struct Engine::Impl {
 Engine::Engine(const Config& config, const Weights& weights, const CachePlan& plan, Arena arena,
                const EngineOptions& options)
     : impl_(std::make_unique<Impl>()) {
-  config.validate();
+  require(CachePlan::make(config, plan.options()).total_bytes() == plan.total_bytes(),
+          "the cache plan was made for another config");
   require(static_cast<int64_t>(weights.layers.size()) == config.num_layers(), "got weights of ",
           weights.layers.size(), " layers; the config has ", config.num_layers());
   require(arena.data != nullptr && arena.bytes >= plan.total_bytes(), "the arena holds ",

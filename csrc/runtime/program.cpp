@@ -1,4 +1,5 @@
 // The architecture, in verbs: what new tokens do, and what a slide does (paper section 3).
+#include <optional>
 #include <utility>
 
 #include "backend.h"
@@ -7,21 +8,14 @@ namespace tlinformer {
 namespace {
 
 using Kind = Verb::Kind;
+constexpr std::nullopt_t kNothing = std::nullopt;
 
-Verb project(int block, int layer, bool queries, bool writes, Cache keys_values) {
-  Verb verb{Kind::project, block, layer};
-  verb.queries = queries;
-  verb.writes = writes;
-  verb.keys_values = keys_values;
-  return verb;
+Verb project(int block, int layer, bool queries, std::optional<Cache> keys_values) {
+  return {Kind::project, block, layer, queries, false, keys_values, kNothing};
 }
 
-Verb attend(int block, int layer, bool causal, bool reads_context, Cache context) {
-  Verb verb{Kind::attend, block, layer};
-  verb.causal = causal;
-  verb.reads_context = reads_context;
-  verb.context = context;
-  return verb;
+Verb attend(int block, int layer, bool causal, std::optional<Cache> context) {
+  return {Kind::attend, block, layer, false, causal, kNothing, context};
 }
 
 }  // namespace
@@ -29,14 +23,13 @@ Verb attend(int block, int layer, bool causal, bool reads_context, Cache context
 // New tokens through every layer. With one row per sequence this is a hit.
 Stage window_program(const Config& config) {
   Stage stage{Scope::window, {{Kind::embed}}};
-  const int depth = static_cast<int>(config.block_depth);
   for (int b = 0; b < config.num_blocks; ++b) {
-    for (int l = 0; l < depth; ++l) {
-      const bool compress = l == 0;
-      const bool reads_context = !compress || config.variant == Variant::tlinformer;
-      stage.verbs.push_back(project(b, l, true, true, Cache::window));
-      stage.verbs.push_back(
-          attend(b, l, true, reads_context, compress ? Cache::history : Cache::context));
+    for (int l = 0; l < config.block_depth; ++l) {
+      std::optional<Cache> context = Cache::context;
+      if (l == 0) context = Cache::history;
+      if (l == 0 && config.variant == Variant::tconstformer) context = kNothing;
+      stage.verbs.push_back(project(b, l, true, Cache::window));
+      stage.verbs.push_back(attend(b, l, true, context));
       stage.verbs.push_back({Kind::finish, b, l});
     }
   }
@@ -49,32 +42,32 @@ Stage window_program(const Config& config) {
 Program slide_program(const Config& config) {
   const int blocks = static_cast<int>(config.num_blocks);
   const int restore = static_cast<int>(config.block_depth) - 1;
-  Program program{{Scope::history, {{Kind::embed}, project(0, 0, false, true, Cache::history)}}};
+  Program program{{Scope::history, {{Kind::embed}, project(0, 0, false, Cache::history)}}};
   for (int b = 0; b < blocks; ++b) {
     Stage compressed{Scope::compressed, {}};
     std::vector<Verb>& z = compressed.verbs;
     if (b == 0) z.push_back({Kind::embed});  // later blocks: kept by the restore stage below
-    z.push_back(project(b, 0, true, false, Cache::history));
-    z.push_back(attend(b, 0, false, true, Cache::history));
+    z.push_back(project(b, 0, true, kNothing));
+    z.push_back(attend(b, 0, false, Cache::history));
     z.push_back({Kind::finish, b, 0});
     for (int l = 1; l < restore; ++l) {
-      z.push_back(project(b, l, true, true, Cache::context));
-      z.push_back(attend(b, l, false, true, Cache::context));
+      z.push_back(project(b, l, true, Cache::context));
+      z.push_back(attend(b, l, false, Cache::context));
       z.push_back({Kind::finish, b, l});
     }
-    z.push_back(project(b, restore, false, true, Cache::context));
+    z.push_back(project(b, restore, false, Cache::context));
     program.push_back(std::move(compressed));
     if (b + 1 == blocks) break;  // nobody reads what the last block would restore
 
     Stage restored{Scope::history, {}};
     std::vector<Verb>& a = restored.verbs;
     a.push_back({b == 0 ? Kind::embed : Kind::load});
-    a.push_back(project(b, 0, true, false, Cache::history));
-    a.push_back(attend(b, restore, false, true, Cache::context));
+    a.push_back(project(b, 0, true, kNothing));
+    a.push_back(attend(b, restore, false, Cache::context));
     a.push_back({Kind::finish, b, restore});
     if (b + 2 < blocks) a.push_back({Kind::store});
     a.push_back({Kind::keep});
-    a.push_back(project(b + 1, 0, false, true, Cache::history));
+    a.push_back(project(b + 1, 0, false, Cache::history));
     program.push_back(std::move(restored));
   }
   return program;
@@ -99,18 +92,22 @@ Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const S
   return {plan.find("window", block, layer), 0, end - span.history, span.history};
 }
 
+int64_t keys_read(const Verb& verb, const Span& span) {
+  if (!verb.context) return 0;
+  return *verb.context == Cache::history ? span.history : span.compressed;
+}
+
 double cost(const Config& config, const Stage& stage, const Span& span) {
   const double width = static_cast<double>(config.hidden_size);
   double sum = 0;
   for (const Verb& verb : stage.verbs) {
     if (verb.kind == Verb::Kind::project) {
       sum += width * static_cast<double>(verb.queries * config.query_dim() +
-                                         verb.writes * 2 * config.kv_dim());
+                                         verb.keys_values.has_value() * 2 * config.kv_dim());
     } else if (verb.kind == Verb::Kind::finish) {
       sum += width * (width + 3.0 * static_cast<double>(config.intermediate_size));
     } else if (verb.kind == Verb::Kind::attend) {
-      const int64_t context = verb.context == Cache::history ? span.history : span.compressed;
-      const int64_t keys = verb.causal * span.rows / 2 + verb.reads_context * context;
+      const int64_t keys = verb.causal * span.rows / 2 + keys_read(verb, span);
       sum += 2.0 * static_cast<double>(keys * config.query_dim());
     }
   }

@@ -2,7 +2,10 @@
 // with everything outside the valid cache poisoned. (That the numbers are right is checked against
 // the golden vectors from Python.)
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -11,6 +14,15 @@
 #include "tlinformer/engine.h"
 
 using namespace tlinformer;
+
+static int64_t allocations = 0;  // through operator new, by the calling thread's code
+void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -167,6 +179,40 @@ void test_interruption(const Config& config) {
   check_same(cut.logits(), whole.logits(), 0);
 }
 
+void test_interrupted_batch(const Config& config) {
+  const Model model(config, DType::float32);
+  Owned owned(model, 40, 2, 1);
+  const std::vector<Tokens> prompts{tokens_of(16, config), tokens_of(8, config)};
+  owned.engine.prefill(prompts);
+  int64_t slides = owned.engine.stats().slides;
+  check_throws<Interrupted>("interrupted", [&] {  // in the second sequence's slide
+    owned.engine.step({5, 6}, [&](double) { return owned.engine.stats().slides == slides; });
+  });
+  owned.engine.prefill({{1, 2, 3}});  // forgets the slide that was done
+  owned.engine.step({4});
+  CHECK(owned.engine.stats().hits == 1);
+  owned.engine.reset();
+  owned.engine.prefill(prompts);
+  slides = owned.engine.stats().slides;
+  check_throws<Interrupted>("interrupted", [&] {
+    owned.engine.step({5, 6}, [&](double) { return owned.engine.stats().slides == slides; });
+  });
+  owned.engine.step({5, 6});
+  CHECK(owned.engine.stats().slides == slides + 2 && owned.engine.stats().hits == 0);
+}
+
+void test_hits_allocate_nothing(const Config& config) {
+  const Model model(config, DType::bfloat16);
+  Owned owned(model, 40, 2, 2);
+  owned.engine.prefill({tokens_of(16, config), tokens_of(13, config)});
+  owned.engine.step({1, 2});  // a slide and a hit
+  const Tokens tokens{3, 4};
+  const int64_t before = allocations;
+  owned.engine.step(tokens);
+  CHECK(allocations == before);
+  CHECK(owned.engine.stats().slides == 3 && owned.engine.stats().hits == 3);
+}
+
 void test_errors(const Config& config) {
   const Model model(config, DType::float32);
   Owned owned(model, 10, 2, 1);
@@ -195,6 +241,26 @@ void test_errors(const Config& config) {
   Config odd = config;
   odd.num_key_value_heads = 3;
   check_throws<InvalidArgument>("num_key_value_heads", [&] { odd.validate(); });
+  engine.prefill({{1}});
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  check_throws<InvalidArgument>("cannot take", [&] { engine.generate(kMost, {}); });
+  const Arena arena{Owned::aligned(owned.memory), owned.plan.total_bytes()};
+  Config other = config;
+  other.generation_window = 2;
+  check_throws<InvalidArgument>("another config",
+                                [&] { Engine(other, model.weights, owned.plan, arena); });
+  check_throws<InvalidArgument>(
+      "num_threads", [&] { Engine(config, model.weights, owned.plan, arena, {1 << 30}); });
+  odd = config;
+  odd.num_blocks = int64_t{1} << 30;
+  check_throws<InvalidArgument>("65536", [&] { odd.validate(); });
+  odd = config;
+  odd.intermediate_size = odd.generation_window = (int64_t{1} << 31) - 1;
+  check_throws<OutOfMemory>("can address",
+                            [&] { CachePlan::make(odd, {int64_t{1} << 32, 1, DType::float32}); });
+  odd.history_window = Config::kAuto;
+  odd.history_window_coefficient = 1e300;
+  CHECK(odd.compressed_rows(1000) == 1000);
 }
 
 void test_plan(const Config& config) {
@@ -227,6 +293,8 @@ int main() {
   config = small_config();
   test_batch(config);
   test_interruption(config);
+  test_interrupted_batch(config);
+  test_hits_allocate_nothing(config);
   test_errors(config);
   test_plan(config);
 }

@@ -1,5 +1,6 @@
 // Every instruction set this machine has, against plain double loops on uneven sizes.
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -82,9 +83,9 @@ std::vector<double> attention(const float* q, const T* k, const T* v, int64_t n,
 template <class T>
 void test_attention(const Kernels& kernels) {
   for (int64_t d : {2, 12, 36, 64, 130}) {
-    const int64_t n = 301, rows = 14;
+    const int64_t n = 301;
     const auto k = narrowed<T>(kernels, normal(n * d)), v = narrowed<T>(kernels, normal(n * d));
-    const auto q = normal(rows * d, kScoreScale / std::sqrt(float(d)));
+    const auto q = normal(14 * d, kScoreScale / std::sqrt(float(d)));
     // decode: two query heads on one key/value head, two parts merged by hand
     const int64_t cut = 77;
     std::vector<float> a(size_t(2 * (d + 2))), b(a);
@@ -98,9 +99,20 @@ void test_attention(const Kernels& kernels) {
         CHECK_CLOSE((wa * sa[2 + i] + sb[2 + i]) / (wa * sa[1] + sb[1]), want[size_t(i)], 2e-5);
       }
     }
-    // tile: causal and not, in two pieces, odd diagonal
-    for (bool causal : {false, true}) {
-      const int64_t diagonal = n - rows;
+    // tile: causal and not, in two pieces, diagonals on both sides of an edge of a tile; rows are
+    // apart, NaN between them and in the values of keys that nobody sees
+    const int64_t ldk = d + 3, ldv = d + 1;
+    const std::pair<int64_t, int64_t> blocks[] = {{14, 282}, {14, 124}, {14, 0}, {14, -1},
+                                                  {2, 127},  {2, 0},    {2, -1}};
+    for (const auto& [rows, diagonal] : blocks) {
+      const bool causal = diagonal >= 0;
+      const int64_t last = causal ? diagonal + rows : n;
+      const auto spaced = [&](const std::vector<T>& from, int64_t ld, int64_t keys) {
+        auto to = narrowed<T>(kernels, std::vector<float>(size_t(n * ld), NAN));
+        for (int64_t i = 0; i < keys * d; ++i) to[size_t(i / d * ld + i % d)] = from[size_t(i)];
+        return to;
+      };
+      const auto wide_k = spaced(k, ldk, last), wide_v = spaced(v, ldv, last);
       std::vector<float> out(size_t(rows * d), 0.0f), state, scratch(tile_scratch_floats(d));
       for (int64_t r = 0; r < rows; ++r) state.insert(state.end(), {-INFINITY, 0.0f});
       TileArgs<T> args;
@@ -110,8 +122,10 @@ void test_attention(const Kernels& kernels) {
       args.ldq = d;
       args.ld_state = 2;
       args.rows = rows;
-      args.k = k.data();
-      args.v = v.data();
+      args.k = wide_k.data();
+      args.v = wide_v.data();
+      args.ldk = ldk;
+      args.ldv = ldv;
       args.d = d;
       args.causal = causal;
       args.diagonal = diagonal;

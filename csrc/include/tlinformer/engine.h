@@ -26,7 +26,7 @@ struct EngineStats {
   int64_t hits = 0;    // tokens that read the cache and left the history alone
   int64_t slides = 0;  // recomputations of the compressed history, those of prefills included
   int64_t prefill_tokens = 0;
-  int64_t rows_read = 0;  // key/value rows that hits attended to, summed over layers
+  int64_t rows_read = 0;  // key/value rows that pushed tokens attended to, over all layers
   int64_t cache_bytes = 0;
   std::vector<int64_t> history_length;  // per sequence: tokens before the generation window
   std::vector<int64_t> window_fill;     // per sequence: tokens in the generation window
@@ -46,8 +46,8 @@ class Engine {
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
 
-  // Replaces what was cached by one prompt per sequence (1 <= prompts <= batch_size). On error or
-  // interruption the sequences are empty afterwards.
+  // Replaces what was cached by one prompt per sequence (1 <= prompts <= batch_size). Invalid
+  // prompts change nothing; after an interruption the sequences are empty.
   void prefill(const std::vector<Tokens>& prompts, const Progress& progress = {});
 
   // Pushes one token onto every sequence.

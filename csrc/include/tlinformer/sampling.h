@@ -8,7 +8,7 @@ namespace tlinformer {
 
 // The filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
 struct SamplingParams {
-  double temperature = 0.0;         // 0: greedy, the filters below are then without effect
+  double temperature = 0.0;         // 0: greedy, after the repetition penalty alone
   int64_t top_k = 0;                // keep the k likeliest tokens; 0: all
   double top_p = 1.0;               // keep the smallest set whose probability reaches p
   double min_p = 0.0;               // drop tokens less likely than min_p times the likeliest
