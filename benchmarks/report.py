@@ -40,7 +40,9 @@ def prose_8m(path: Path) -> None:
     values = [r["perplexity"] for r in rows]
     right.plot(places, values, marker="o", color="tab:orange")
     for place, value in zip(places, values, strict=True):
-        right.annotate(f"{value:.1f}", (place, value), (0, 8), textcoords="offset points", ha="center")
+        right.annotate(
+            f"{value:.1f}", (place, value), (0, 8), textcoords="offset points", ha="center"
+        )
     right.set_xticks(places, [f"{r['history']:,}" for r in rows])
     right.set(
         xlabel="tokens of history given (trained with up to 768)",
@@ -128,7 +130,9 @@ def fill(document: Path, *tables: Callable[[], str]) -> None:
     text = document.read_text()
     for table in tables:
         pattern = rf"(<!-- {table.__name__} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S)
+        text, count = re.subn(
+            pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S
+        )
         if count != 1:
             raise SystemExit(f"{document}: no place for the table {table.__name__}")
     document.write_text(text)

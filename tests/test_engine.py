@@ -299,7 +299,7 @@ def test_available_memory_counts_what_the_kernel_gives_back(
     for name, text in (files | {"memory.stat": "anon 500\ninactive_file 300\n"}).items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(
-        "tlinformer.engine.Path",
+        "tlinformer.plan.Path",
         lambda path: tmp_path / "meminfo" if path == "/proc/meminfo" else tmp_path,
     )
     assert available_memory() == 400

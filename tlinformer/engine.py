@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tlinformer import _C
 from tlinformer.config import TLinFormerConfig
-
-if TYPE_CHECKING:
-    from tlinformer.model import TLinFormerForCausalLM
+from tlinformer.model import TLinFormerForCausalLM
+from tlinformer.plan import DTYPES, available_memory, check_integer, dtype_name, plan_cache
 
 TokenBatch = torch.Tensor | Sequence[torch.Tensor]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,111 +41,28 @@ class SamplingParams:
     stop_token_ids: Iterable[int] = ()
 
     def _compiled(self) -> Any:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = []
+        for name, convert in _CONVERTERS.items():
+            value = getattr(self, name)
+            try:
+                values.append(convert(value))
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{name} is {value!r}, which is of the wrong type") from None
         try:
-            fields["seed"] = int(self.seed) % 2**64
-            fields["stop_token_ids"] = [int(i) for i in self.stop_token_ids]
-            return _C.SamplingParams(*fields.values())
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"sampling parameters of the wrong type: {self}") from None
+            return _C.SamplingParams(*values)
+        except TypeError:
+            raise ValueError(f"sampling parameters out of the range of 64 bits: {self}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheRegion:
-    """One tensor of the arena: `bytes` at `offset`, `rows` per sequence."""
-
-    name: str
-    block: int
-    layer: int
-    rows: int
-    offset: int
-    bytes: int
-
-
-class CachePlan:
-    """Every byte an engine will use, known before anything is allocated.
-
-    Attributes:
-        regions: all `CacheRegion`s: keys and values of "history", "context" and "window"; with
-            three blocks or more "stream", the history's activations; "workspace".
-        bytes_by_region: bytes by those names.
-        cache_bytes: keys and values alone.
-        total_bytes: what the engine allocates besides the weights.
-    """
-
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
-        names = [f.name for f in dataclasses.fields(CacheRegion)]
-        self.regions = [CacheRegion(*(getattr(r, n) for n in names)) for r in compiled.regions]
-        self.bytes_by_region = {r.name: compiled.bytes_of(r.name) for r in self.regions}
-        self.cache_bytes: int = compiled.cache_bytes
-        self.total_bytes: int = compiled.total_bytes
-
-    def __repr__(self) -> str:
-        return f"CachePlan(total_bytes={self.total_bytes}, {self.bytes_by_region})"
-
-
-def _check_integer(name: str, value: Any, least: int, most: int = 2**62) -> None:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; it must be an integer, {least} to {most}")
-
-
-def _dtype_name(dtype: torch.dtype | str | None) -> str:
-    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(_DTYPES)}")
-    return name
-
-
-def plan_cache(
-    config: TLinFormerConfig,
-    *,
-    max_context: int,
-    batch_size: int = 1,
-    dtype: torch.dtype | str | None = None,
-    memory_limit: int = 0,
-) -> CachePlan:
-    """Plans an engine's memory, in bytes by region, without allocating any.
-
-    Args:
-        config: the model's sizes.
-        max_context: tokens a sequence may hold, prompt and generated together.
-        batch_size: sequences.
-        dtype: of weights and cache; float32 by default.
-        memory_limit: bytes the plan must fit in; 0: unlimited.
-
-    Raises:
-        ValueError: for options out of range.
-        RuntimeError: when the plan exceeds `memory_limit`, naming the longest context that fits.
-    """
-    _check_integer("max_context", max_context, 1)
-    _check_integer("batch_size", batch_size, 1)
-    _check_integer("memory_limit", memory_limit, 0)
-    compiled = _C.Config(config.to_dict())
-    return CachePlan(
-        _C.CachePlan(compiled, max_context, batch_size, _dtype_name(dtype), memory_limit)
-    )
-
-
-def available_memory() -> int:
-    """Bytes this process can still take: the machine's, or its control group's if that is less.
-
-    At least 1; 0 where the system does not say.
-    """
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            counts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cached = int(dict(counts).get("inactive_file", 0))  # given back when asked for
-            limits.append(int(most) - int((group / "memory.current").read_text()) + cached)
-    except (OSError, ValueError):
-        pass  # not Linux, or no control group: no limit known from there
-    return max(1, min(limits)) if limits else 0
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "temperature": float,
+    "top_k": operator.index,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": lambda seed: operator.index(seed) % 2**64,
+    "stop_token_ids": lambda ids: [operator.index(i) for i in ids],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +124,8 @@ class Engine:
         dtype: torch.dtype | str | None = None,
         num_threads: int | None = None,
     ) -> None:
+        if not isinstance(model, TLinFormerForCausalLM):
+            raise ValueError(f"model is {model!r}; it must be a TLinFormerForCausalLM")
         device = next(model.parameters()).device
         if device.type != "cpu":
             raise ValueError(
@@ -216,13 +133,13 @@ class Engine:
                 "model.to('cpu') first"
             )
         threads = torch.get_num_threads() if num_threads is None else num_threads
-        _check_integer("num_threads", threads, 0, 4096)
+        check_integer("num_threads", threads, 0, 4096)
         self.config: TLinFormerConfig = model.config
         self.batch_size = batch_size
-        name = _dtype_name(next(model.parameters()).dtype if dtype is None else dtype)
+        name = dtype_name(next(model.parameters()).dtype if dtype is None else dtype)
         if name == "float16":
             raise ValueError("dtype is float16; on the CPU it must be float32 or bfloat16")
-        self.dtype = _DTYPES[name]
+        self.dtype = DTYPES[name]
         self.plan = plan_cache(
             self.config,
             max_context=max_context,
@@ -335,13 +252,16 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         on_token: Callable[[int, int], bool | None] | None = None,
+        progress: Callable[[float], bool | None] | None = None,
     ) -> Any:
         """Draws tokens and appends them, so that calls can follow one another.
 
         Args:
             max_new_tokens: at most so many for each sequence.
             sampling: greedy by default.
-            on_token: called with (sequence, token) as tokens come; returning False stops.
+            on_token: called with (sequence, token) as tokens are drawn; returning False stops.
+            progress: called with the share of a slide under way, 0 to 1, which takes a while on
+                long histories; returning False interrupts.
 
         Returns:
             The new tokens alone: (B, n) int64, or a list of 1-D tensors if the prompt was a list.
@@ -349,11 +269,15 @@ class Engine:
 
         Raises:
             ValueError: without a prefill, for bad parameters, or more tokens than `max_context`.
-            RuntimeError: for NaN logits, naming the position; tokens drawn so far stay cached.
+            RuntimeError: for NaN logits, naming the position.
+            KeyboardInterrupt: on Ctrl-C. After either, tokens drawn before stay cached, but for
+                one whose slide was interrupted.
         """
-        _check_integer("max_new_tokens", max_new_tokens, 0)
+        check_integer("max_new_tokens", max_new_tokens, 0, 2**40)
+        if not isinstance(sampling, SamplingParams | None):
+            raise ValueError(f"sampling is {sampling!r}; it must be SamplingParams")
         compiled = (sampling or SamplingParams())._compiled()
-        rows = self._compiled.generate(max_new_tokens, compiled, on_token)
+        rows = self._compiled.generate(max_new_tokens, compiled, on_token, progress)
         if self._as_list:
             return [torch.tensor(row, dtype=torch.int64) for row in rows]
         longest = max(len(row) for row in rows)

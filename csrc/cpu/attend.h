@@ -34,7 +34,8 @@ class Attend {
   // One row each of several sequences: the keys are split over the threads.
   void one_row_each(const std::vector<Queries>& queries);
 
-  // Many rows of one sequence; calls `poll` between pieces of a fraction of a second.
+  // Many rows of one sequence; tells `poll` the share done between pieces of a fraction of a
+  // second.
   template <class Poll>
   void many_rows(const Queries& queries, const Poll& poll) {
     begin(queries.rows, queries.out);
@@ -45,7 +46,7 @@ class Attend {
       if (!first) begin(queries.rows, second_);
       const int64_t piece = piece_keys(queries.rows);
       for (int64_t done = 0; done < keys.count; done += piece) {
-        if (done > 0) poll();
+        if (done > 0) poll(static_cast<double>(done) / static_cast<double>(keys.count));
         add_keys(queries, keys, done, std::min(keys.count, done + piece), out);
       }
       end(queries.rows, out, first ? nullptr : queries.out);

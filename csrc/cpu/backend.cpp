@@ -8,11 +8,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "../runtime/workspace.h"
+#include "arena.h"
 #include "attend.h"
 #include "key_value_cache.h"
 #include "layer.h"
@@ -54,7 +52,7 @@ class CpuBackend final : public Backend {
             "the CPU backend computes in float32 and bfloat16, not float16");
     require(weights.dtype == dtype_, "the weights are ", name_of(weights.dtype),
             ", the cache plan is ", name_of(dtype_), "; they must agree");
-    touch(arena.bytes);
+    touch(arena_, arena.bytes, threads_);
     embed_ = {weights.embed_tokens, nullptr, c_.vocab_size, c_.hidden_size};
     norm_weight_ = to_floats(dtype_, weights.norm_weight, c_.hidden_size);
     norm_bias_ = to_floats(dtype_, weights.norm_bias, c_.hidden_size);
@@ -116,21 +114,6 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  // Every page now, by the threads that will use them: a step must not meet the page allocator.
-  void touch(int64_t bytes) {
-    constexpr int64_t kPage = 4096;
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(arena_) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(arena_) + static_cast<uintptr_t>(bytes);
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-#pragma omp parallel for num_threads(threads_) schedule(static)
-    for (int64_t i = 0; i < bytes; i += kPage) {
-      volatile char* page = arena_ + i;
-      *page = *page;
-    }
-  }
-
   // CBLAS takes buffers of its own when first used on a size; after this, memory is constant.
   void warm_up() {
     x_ = base_ + w_.history;
@@ -143,6 +126,7 @@ class CpuBackend final : public Backend {
   const Layer& layer(const Verb& verb) const {
     return layers_[static_cast<size_t>(verb.block * c_.block_depth + verb.layer)];
   }
+
   size_t row_bytes(int64_t rows) const {
     return static_cast<size_t>(rows * c_.hidden_size) * sizeof(float);
   }

@@ -53,8 +53,7 @@ std::function<bool(Args...)> callback(py::object function) {
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (function.is_none()) return true;
-    const py::object answer = function(args...);
-    return answer.is_none() || py::bool_(answer);
+    return !function(args...).is(py::bool_(false));  // anything but False goes on
   };
 }
 
@@ -88,9 +87,9 @@ class PyEngine {
   }
 
   std::vector<Tokens> generate(int64_t max_new_tokens, const SamplingParams& sampling,
-                               py::object on_token) {
+                               py::object on_token, py::object progress) {
     const auto sink = callback<int64_t, int32_t>(std::move(on_token));
-    const auto report = callback<double>(py::none());
+    const auto report = callback<double>(std::move(progress));
     const auto lock = own();
     py::gil_scoped_release release;
     return engine_.generate(max_new_tokens, sampling, sink, report);

@@ -72,13 +72,17 @@ struct Slots {
 };
 Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const Span& span);
 
+// The spans, of at most `most` rows, in which a slide's stage goes through its rows.
+std::vector<Span> pieces_of(const Stage& stage, const Span& all, int64_t most);
+
 // Rows of its context that an attend verb reads.
 int64_t keys_read(const Verb& verb, const Span& span);
 
 // Multiply-adds of a stage over a span, about: the unit of progress.
 double cost(const Config& config, const Stage& stage, const Span& span);
 
-using Poll = std::function<void()>;  // throws Interrupted
+// Told the share of the stage that is done; throws Interrupted.
+using Poll = std::function<void(double)>;
 
 class Backend {
  public:

@@ -39,8 +39,11 @@ struct Engine::Impl {
       const Sequence& sequence = sequences[static_cast<size_t>(span.sequence)];
       span_tokens.push_back(sequence.tokens.data() + span.begin);
     }
-    backend->run(stage, over, span_tokens, [&meter] { meter.poll(); });
-    for (const Span& span : over) meter.done += cost(config, stage, span);
+    double whole = 0;
+    for (const Span& span : over) whole += cost(config, stage, span);
+    backend->run(stage, over, span_tokens,
+                 [&meter, whole](double share) { meter.poll(share * whole); });
+    meter.done += whole;
   }
 
   // Rows of the history that a slide's stage covers: the first stage only the unknown ones.
@@ -62,23 +65,12 @@ struct Engine::Impl {
     return sum;
   }
 
-  // Rows of a piece, so that none is a small rest: the fewest pieces, all about as large.
-  static int64_t equal_pieces(int64_t rows, int64_t most) {
-    const int64_t pieces = std::max<int64_t>(1, (rows + most - 1) / most);
-    return std::min(most, ((rows + pieces - 1) / pieces + 15) / 16 * 16);
-  }
-
   void slide(int64_t index, int64_t history, Meter& meter) {
     Sequence& sequence = sequences[static_cast<size_t>(index)];
     sequence.slid_history = kStale;  // until done: an interruption then costs only time
     for (size_t i = 0; i < slide_stages.size(); ++i) {
       const Span all = slide_span(i, index, history);
-      const bool pieces = slide_stages[i].scope == Scope::history;
-      const int64_t most = pieces ? equal_pieces(all.rows, plan.piece_rows()) : all.rows;
-      for (int64_t done = 0; done < all.rows; done += most) {
-        Span piece = all;
-        piece.begin += done;
-        piece.rows = std::min(most, all.rows - done);
+      for (const Span& piece : pieces_of(slide_stages[i], all, plan.piece_rows())) {
         run(slide_stages[i], {piece}, meter);
         meter.poll();
       }
@@ -102,28 +94,27 @@ struct Engine::Impl {
     }
     forget();
     Meter meter{&progress};
+    std::vector<Span> windows;
     for (size_t i = 0; i < prompts.size(); ++i) {
       sequences[i].tokens = prompts[i];
       sequences[i].tokens.reserve(static_cast<size_t>(options.max_context));
       const int64_t length = static_cast<int64_t>(prompts[i].size());
       const int64_t history = config.history_at(length - 1);
-      meter.total += slide_cost(static_cast<int64_t>(i), history) +
-                     cost(config, window, span_of(0, history, length - history, history));
+      windows.push_back(span_of(static_cast<int64_t>(i), history, length - history, history));
+      meter.total += slide_cost(windows.back().sequence, history);
+      meter.total += cost(config, window, windows.back());
     }
     try {
-      for (size_t i = 0; i < prompts.size(); ++i) {
-        const int64_t index = static_cast<int64_t>(i);
-        const int64_t length = static_cast<int64_t>(prompts[i].size());
-        const int64_t history = config.history_at(length - 1);
-        if (history > 0) slide(index, history, meter);
-        run(window, {span_of(index, history, length - history, history)}, meter);
-        sequences[i].known_history = length;
-        stats.prefill_tokens += length;
+      for (const Span& last : windows) {
+        if (last.history > 0) slide(last.sequence, last.history, meter);
+        run(window, {last}, meter);
+        sequences[static_cast<size_t>(last.sequence)].known_history = last.begin + last.rows;
+        stats.prefill_tokens += last.begin + last.rows;
       }
       active = static_cast<int64_t>(prompts.size());
       everyone.resize(prompts.size());
       std::iota(everyone.begin(), everyone.end(), int64_t{0});
-      meter.advance(meter.total);
+      meter.poll(meter.total);
     } catch (...) {
       forget();
       throw;
@@ -266,14 +257,14 @@ std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParam
       drawn[row] = impl.backend->sample(live[row], sampling, flags,
                                         static_cast<int64_t>(impl.sequences[i].tokens.size()));
       if (flags) flags[drawn[row]] = 1;
+      out[i].push_back(drawn[row]);
+      // Delivered before it is pushed: nobody waits for a slide to see what was drawn before it.
+      if (sink && !sink(live[row], drawn[row])) wanted = false;
     }
     impl.push(live, drawn, progress);
     size_t kept = 0;
     for (size_t row = 0; row < live.size(); ++row) {
-      const int64_t index = live[row];
-      out[static_cast<size_t>(index)].push_back(drawn[row]);
-      if (sink && !sink(index, drawn[row])) wanted = false;
-      if (!stops(drawn[row])) live[kept++] = index;
+      if (!stops(drawn[row])) live[kept++] = live[row];
     }
     live.resize(kept);
   }

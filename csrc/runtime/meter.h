@@ -12,14 +12,11 @@ struct Meter {
   const Progress* progress;
   double total = 0;
   double done = 0;
-  void poll() const {
-    if (*progress && !(*progress)(total > 0 ? std::min(done / total, 1.0) : 1.0)) {
+  // Reports the work done and `more`, which is under way.
+  void poll(double more = 0) const {
+    if (*progress && !(*progress)(total > 0 ? std::min((done + more) / total, 1.0) : 1.0)) {
       throw Interrupted("interrupted by the progress callback");
     }
-  }
-  void advance(double cost) {
-    done += cost;
-    poll();
   }
 };
 

@@ -1,4 +1,5 @@
 // The architecture, in verbs: what new tokens do, and what a slide does (paper section 3).
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -90,6 +91,20 @@ Slots slots_of(const CachePlan& plan, Cache cache, int block, int layer, const S
     return {plan.find("history", 0, 0), span.history, end - span.history, 0};
   }
   return {plan.find("window", block, layer), 0, end - span.history, span.history};
+}
+
+std::vector<Span> pieces_of(const Stage& stage, const Span& all, int64_t most) {
+  if (stage.scope != Scope::history) return {all};
+  // The fewest pieces, all about as large: a small rest would run at a fraction of the speed.
+  const int64_t count = std::max<int64_t>(1, (all.rows + most - 1) / most);
+  const int64_t rows = std::min(most, ((all.rows + count - 1) / count + 15) / 16 * 16);
+  std::vector<Span> pieces;
+  for (int64_t done = 0; done < all.rows; done += rows) {
+    pieces.push_back(all);
+    pieces.back().begin += done;
+    pieces.back().rows = std::min(rows, all.rows - done);
+  }
+  return pieces;
 }
 
 int64_t keys_read(const Verb& verb, const Span& span) {

@@ -55,6 +55,8 @@ class Engine {
 
   // Draws and pushes up to max_new_tokens tokens on every sequence; a sequence ends early after a
   // stop token. Every returned token is in the cache afterwards, so calls can follow one another.
+  // The sink gets each token as soon as it is drawn; an error or interruption in that token's push
+  // leaves it out of the cache. Progress tells the share of a slide under way.
   std::vector<Tokens> generate(int64_t max_new_tokens, const SamplingParams& sampling,
                                const TokenSink& sink = {}, const Progress& progress = {});
 

@@ -1,0 +1,116 @@
+"""Every byte of an engine, planned before any is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlinformer import _C
+from tlinformer.config import TLinFormerConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRegion:
+    """One tensor of the arena: `bytes` at `offset`, `rows` per sequence."""
+
+    name: str
+    block: int
+    layer: int
+    rows: int
+    offset: int
+    bytes: int
+
+
+class CachePlan:
+    """Every byte an engine will use, known before anything is allocated.
+
+    Attributes:
+        regions: all `CacheRegion`s: keys and values of "history", "context" and "window"; with
+            three blocks or more "stream", the history's activations; "workspace".
+        bytes_by_region: bytes by those names.
+        cache_bytes: keys and values alone.
+        total_bytes: what the engine allocates besides the weights.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        names = [f.name for f in dataclasses.fields(CacheRegion)]
+        self.regions = [CacheRegion(*(getattr(r, n) for n in names)) for r in compiled.regions]
+        self.bytes_by_region = {r.name: compiled.bytes_of(r.name) for r in self.regions}
+        self.cache_bytes: int = compiled.cache_bytes
+        self.total_bytes: int = compiled.total_bytes
+
+    def __repr__(self) -> str:
+        return f"CachePlan(total_bytes={self.total_bytes}, {self.bytes_by_region})"
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raises ValueError naming the value and its limits."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}; it must be an integer, {least} to {most}")
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str:
+    """'float32' for torch.float32, 'float32' or None; ValueError for what is no engine's dtype."""
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
+    return name
+
+
+def plan_cache(
+    config: TLinFormerConfig,
+    *,
+    max_context: int,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    memory_limit: int = 0,
+) -> CachePlan:
+    """Plans an engine's memory, in bytes by region, without allocating any.
+
+    Args:
+        config: the model's sizes.
+        max_context: tokens a sequence may hold, prompt and generated together.
+        batch_size: sequences.
+        dtype: of weights and cache; float32 by default.
+        memory_limit: bytes the plan must fit in; 0: unlimited.
+
+    Raises:
+        ValueError: for options out of range.
+        RuntimeError: when the plan exceeds `memory_limit`, naming the longest context that fits.
+    """
+    check_integer("max_context", max_context, 1, 2**40)
+    check_integer("batch_size", batch_size, 1, 2**20)
+    check_integer("memory_limit", memory_limit, 0, 2**62)
+    if not isinstance(config, TLinFormerConfig):
+        raise ValueError(f"config is {config!r}; it must be a TLinFormerConfig")
+    compiled = _C.Config(config.to_dict())
+    return CachePlan(
+        _C.CachePlan(compiled, max_context, batch_size, dtype_name(dtype), memory_limit)
+    )
+
+
+def available_memory() -> int:
+    """Bytes this process can still take: the machine's, or its control group's if that is less.
+
+    At least 1; 0 where the system does not say.
+    """
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            counts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(dict(counts).get("inactive_file", 0))  # given back when asked for
+            limits.append(int(most) - int((group / "memory.current").read_text()) + cached)
+    except (OSError, ValueError):
+        pass  # not Linux, or no control group: no limit known from there
+    return max(1, min(limits)) if limits else 0
