@@ -356,7 +356,7 @@ def test_model_and_engine_errors() -> None:
         "repetition_penalty": lambda: engine.generate(1, SamplingParams(repetition_penalty=0)),
         "stop token id 99": lambda: engine.generate(1, SamplingParams(stop_token_ids=[99])),
         "wrong type": lambda: engine.generate(1, SamplingParams(top_k="x")),  # type: ignore[arg-type]
-        "stop_token_ids=5": lambda: engine.generate(
+        "stop_token_ids is 5": lambda: engine.generate(
             1,
             SamplingParams(stop_token_ids=5),  # type: ignore[arg-type]
         ),

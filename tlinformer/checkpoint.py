@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="CausalLM")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(model: CausalLM, directory: str | os.PathLike[str]) -> None:
@@ -60,6 +61,8 @@ def load_config(directory: str | os.PathLike[str]) -> TLinFormerConfig:
     Raises:
         FileNotFoundError, ValueError: naming the file and the cause.
     """
+    if Path(directory).is_file():
+        raise ValueError(f"{directory} is a file; name the directory with {CONFIG} and {WEIGHTS}")
     path = _existing(Path(directory) / CONFIG)
     try:
         return TLinFormerConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -107,8 +110,11 @@ def load(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, "
                 f"{CONFIG} asks for {tuple(expected[name].shape)}"
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; parameters are floating point")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype}; parameters are floating point: "
+                f"{', '.join(map(str, DTYPES))}"
+            )
     model.load_state_dict(tensors, assign=True)
     return model.to(device=device or "cpu", dtype=dtype).eval()
 

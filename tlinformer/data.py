@@ -152,6 +152,8 @@ class TokenFile:
             raise ValueError(f"{path}: its .json does not describe it ({error})") from error
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, its .json says {size}")
+        if not size:
+            raise ValueError(f"{path} is empty; name a file with tokens")
         return file
 
 
@@ -200,6 +202,8 @@ def tokenize_files(
                         progress.update(task, description=text)
             if progress and task is not None:
                 progress.update(task, total=1, completed=1)
+        if not tokens:
+            raise ValueError(f"{paths[0]} is empty; name a file with text")
         file = TokenFile(str(output), dtype.name, tokens, text_bytes, vocab_size, fingerprint)
         os.replace(partial, output)
     finally:

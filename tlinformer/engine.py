@@ -273,7 +273,7 @@ class Engine:
             KeyboardInterrupt: on Ctrl-C. After either, tokens drawn before stay cached, but for
                 one whose slide was interrupted.
         """
-        check_integer("max_new_tokens", max_new_tokens, 0, 2**40)
+        check_integer("max_new_tokens", max_new_tokens, 0, 2**62)
         if not isinstance(sampling, SamplingParams | None):
             raise ValueError(f"sampling is {sampling!r}; it must be SamplingParams")
         compiled = (sampling or SamplingParams())._compiled()

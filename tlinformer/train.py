@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,15 @@ from torch import nn
 
 from .data import PackedSequences, token_byte_lengths
 from .evaluation import evaluate
-from .recipe import Corpus, TrainConfig, build_model, load_model, prepare_corpus, resolve_device
+from .recipe import (
+    Corpus,
+    autocast_dtype,
+    build_model,
+    load_model,
+    prepare_corpus,
+    resolve_device,
+)
+from .settings import TrainConfig
 from .terminal import Stopwatch, progress_bar, stop_signal
 
 __all__ = ["Interrupted", "TrainConfig", "TrainingError", "evaluate", "load_model", "train"]
@@ -64,12 +73,27 @@ def train(
         raise FileNotFoundError(f"nothing to resume: {saved} does not exist")
     if not resume and saved.exists():
         raise FileExistsError(f"{config.output} holds a run; resume it or name another output")
+    _check_writable(Path(config.output))
     console = console or Console()
     with progress_bar(console) as progress:
         run = _Run(config, prepare_corpus(config, progress), console)
         if resume:
             run.load(saved)
         return run.loop(progress)
+
+
+def _check_writable(output: Path) -> None:
+    """Refuses, before anything is computed or created, an output that could not be written."""
+    place = output
+    try:
+        place = next(p for p in (output, *output.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output is {str(output)!r}, but no file can be made in {place}: {error.strerror}; "
+            "name a directory that can be written"
+        ) from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -89,7 +113,8 @@ class _Run:
     def __init__(self, config: TrainConfig, corpus: Corpus, console: Console):
         self.config, self.corpus, self.console = config, corpus, console
         self.output = Path(config.output)
-        self.device, self.autocast = resolve_device(config.device), config.autocast()
+        self.device = resolve_device(config.device)
+        self.autocast = autocast_dtype(config.dtype, self.device)
         self.data = PackedSequences(corpus.train.array(), config.sequence_length, config.seed)
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.steps = config.steps or math.ceil(config.epochs * len(self.data) / config.batch_size)

@@ -276,8 +276,6 @@ const float* Engine::logits() const {
   return impl_->backend->logits();
 }
 
-int64_t Engine::sequences() const { return impl_->active; }
-
 EngineStats Engine::stats() const {
   EngineStats stats = impl_->stats;
   stats.cache_bytes = impl_->plan.cache_bytes();
@@ -296,6 +294,7 @@ void Engine::reset() {
   impl_->stats = {};
 }
 
+int64_t Engine::sequences() const { return impl_->active; }
 const Config& Engine::config() const { return impl_->config; }
 const CachePlan& Engine::plan() const { return impl_->plan; }
 

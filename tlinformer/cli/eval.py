@@ -12,9 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..data import TokenFile, load_tokenizer, token_byte_lengths, tokenize_files
-from ..evaluation import evaluate
-from ..recipe import load_model, resolve_device
 from ..terminal import progress_bar
 
 
@@ -47,12 +44,15 @@ def eval_command(
     """
     import torch
 
+    from ..data import TokenFile, load_tokenizer, token_byte_lengths, tokenize_files
+    from ..evaluation import evaluate
+    from ..recipe import autocast_dtype, load_model, resolve_device
+
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype is {dtype!r}; it must be auto, bfloat16 or float32")
     place = resolve_device(device)
     loaded = load_model(str(model), dtype=torch.float32, device=place)
     vocabulary = load_tokenizer(tokenizer or model)
-    autocast = dtype == "bfloat16" or (dtype == "auto" and place.type == "cuda")
     console = Console(stderr=True)
     with progress_bar(console) as progress, tempfile.TemporaryDirectory() as folder:
         if text[0].suffix == ".bin" and len(text) == 1:
@@ -68,7 +68,7 @@ def eval_command(
             sequence_length,
             batch_size=batch_size,
             byte_lengths=token_byte_lengths(vocabulary),
-            dtype=torch.bfloat16 if autocast else None,
+            dtype=autocast_dtype(dtype, place),
             on_progress=lambda count: progress.advance(task, count),
         )
         result["seconds"] = time.perf_counter() - began

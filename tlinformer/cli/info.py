@@ -12,20 +12,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import tlinformer
+
 
 def collect() -> dict[str, Any]:
     """Versions, devices and build; `advice` says what is missing and what to do about it."""
-    import torch
-
-    import tlinformer
-
     advice = []
     info: dict[str, Any] = {
         "tlinformer": tlinformer.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
     }
-    for package in ("numpy", "safetensors", "tokenizers", "scipy-openblas32"):
+    for package in ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "scipy-openblas32"):
         try:
             info[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -36,12 +33,15 @@ def collect() -> dict[str, Any]:
     except ImportError as error:
         info["engine"] = None
         advice.append(str(error))
-    info["threads"] = torch.get_num_threads()
     info["cpus"] = os.cpu_count()
-    gpus = range(torch.cuda.device_count())
-    info["gpus"] = [torch.cuda.get_device_name(i) for i in gpus]
-    if info["gpus"]:
-        advice.append("this build's engine runs on the CPU; training uses the GPU")
+    if info["torch"]:
+        import torch
+
+        info["threads"] = torch.get_num_threads()
+        gpus = range(torch.cuda.device_count())
+        info["gpus"] = [torch.cuda.get_device_name(i) for i in gpus]
+        if gpus:
+            advice.append("this build's engine runs on the CPU; training uses the GPU")
     info["advice"] = advice
     return info
 

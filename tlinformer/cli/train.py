@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
-import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
 from ..config import TLinFormerConfig
-from ..recipe import TrainConfig
-from ..train import train
+from ..settings import TrainConfig
 
 MODEL_HELP = {
     "vocab_size": "Vocabulary V (default: the tokenizer's).",
@@ -64,6 +62,8 @@ def _options() -> Iterator[inspect.Parameter]:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises FileNotFoundError or ValueError naming it."""
+    import yaml  # type: ignore[import-untyped]
+
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
     try:
@@ -88,6 +88,8 @@ def train_command(
 
     The directory --output receives best/, the weights of the lowest validation loss.
     """
+    from ..train import train
+
     given = {name: value for name, value in given.items() if value not in (None, [])}
     output = Path(given.get("output", TrainConfig.output))
     if resume and config is None and (output / "config.yaml").is_file():
