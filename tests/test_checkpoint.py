@@ -89,6 +89,11 @@ def test_missing_file_is_named(saved: Path, name: str) -> None:
         TLinFormerForCausalLM.from_pretrained(saved)
 
 
+def test_a_file_in_place_of_the_directory_is_named(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json is a file; name the directory"):
+        TLinFormerForCausalLM.from_pretrained(saved / "config.json")
+
+
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
@@ -152,6 +157,10 @@ def _retype(tensors: dict[str, torch.Tensor]) -> None:
     tensors["norm.bias"] = torch.zeros(24, dtype=torch.int64)
 
 
+def _shrink(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.bias"] = torch.zeros(24).to(torch.float8_e5m2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +168,7 @@ def _retype(tensors: dict[str, torch.Tensor]) -> None:
         (_add, "holds 1 unknown tensors: lm_head.weight"),
         (_reshape, r"norm.bias has shape \(1, 24\), config.json asks for \(24,\)"),
         (_retype, "norm.bias is torch.int64; parameters are floating point"),
+        (_shrink, "norm.bias is torch.float8_e5m2; .*: torch.float64, .*, torch.bfloat16"),
     ],
 )
 def test_wrong_tensors_are_named(

@@ -19,8 +19,10 @@ import torch
 from conftest import make_config, make_model
 from safetensors.torch import load_file, save_file
 
+import tlinformer
 from tlinformer import Engine, TLinFormerForCausalLM, plan_cache
 from tlinformer.checkpoint import save
+from tlinformer.cli import generate as generating
 from tlinformer.cli import main
 from tlinformer.data import load_tokenizer, train_tokenizer
 
@@ -103,17 +105,25 @@ def test_a_terminal_sees_the_prompts_end_and_the_slides(
         def isatty(self) -> bool:
             return True
 
-    plain, terminal = io.StringIO(), Terminal()
-    for file in (plain, terminal):
-        monkeypatch.setattr("sys.stdout", file)
+    def run(file: io.StringIO) -> str:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(f"sys.{name}", file)
         arguments = ["the lazy dog" * 50, "--model", str(tiny), "--max-new-tokens", "9"]
         assert main(["generate", *arguments]) == 0
-    shown = terminal.getvalue()
-    echo, continuation = shown.split("\x1b[0m", 1)
-    assert echo == "\x1b[2m..." + ("the lazy dog" * 50)[-300:]
-    note = r"\x1bD\x1b\[A\x1b7\r\n\x1b\[2m\[sliding: rereading \d+ tokens\]\x1b\[0m\x1b\[2K\x1b8"
-    assert len(re.findall(note, shown)) >= 2
-    assert re.sub(note, "", continuation) == plain.getvalue()
+        return re.sub(r"in \d.*|took .*", "", file.getvalue())  # no times
+
+    monkeypatch.setattr(generating, "LONG", 60)  # no slide takes so long
+    quiet = run(Terminal())
+    monkeypatch.setattr(generating, "LONG", 0)
+    shown = run(Terminal())
+    assert "\x1b[2m..." + ("the lazy dog" * 50)[-300:] + "\x1b[0m" in shown
+    note = r"\x1bD\x1b\[A\x1b7\r\n\x1b\[2K\x1b\[2m(|\[sliding: \d+% [a-z ]+\])\x1b\[0m\x1b8"
+    notes = re.findall(note, shown)
+    assert (
+        len(notes) >= 4 and notes[-1] == "" and "[sliding: 100% of the context read again]" in notes
+    )
+    assert "sliding:" not in quiet and "sliding:" not in run(io.StringIO())
+    assert re.sub(note, "", shown).split("\x1b[2m...")[1] == quiet.split("\x1b[2m...")[1]
 
 
 @pytest.mark.parametrize("json_option", [[], ["--json"]])
@@ -123,7 +133,9 @@ def test_interrupted_generation_keeps_its_text(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt_at_5(self: Any, n: int, sampling: Any = None, *, on_token: Any = None) -> Any:
+    def interrupt_at_5(
+        self: Any, n: int, sampling: Any = None, *, on_token: Any = None, progress: Any = None
+    ) -> Any:
         def count(sequence: int, token: int) -> None:
             on_token(sequence, token)
             drawn.append(token)
@@ -131,7 +143,7 @@ def test_interrupted_generation_keeps_its_text(
                 signal.raise_signal(signal.SIGINT)
 
         drawn: list[int] = []
-        return original(self, n, sampling, on_token=count if on_token else None)
+        return original(self, n, sampling, on_token=count if on_token else None, progress=progress)
 
     original = Engine.generate
     monkeypatch.setattr(Engine, "generate", interrupt_at_5)
@@ -198,6 +210,67 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert info["torch"] in capsys.readouterr().out
 
 
+def python(code: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a Python program."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = """if True:
+        import sys
+        from tlinformer.cli import main
+        for arguments in (["--version"], ["--help"], ["train", "--help"], ["generate", "--help"]):
+            assert main(arguments) == 0
+        print([name for name in ("torch", "tokenizers", "yaml", "numpy") if name in sys.modules])
+    """
+    code, out, err = python(code)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"tlinformer {tlinformer.__version__}\n") and out.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize("package", ["torch", "tokenizers", "typer"])
+def test_a_missing_package_is_one_line_of_advice(package: str) -> None:
+    hide = f"import sys; sys.modules[{package!r}] = None\nfrom tlinformer.cli import main\n"
+    result = python(f"{hide}sys.exit(main(['generate', 'x', '--model', {str(SHIPPED)!r}]))")
+    assert result == (1, "", f"error: the package {package} is missing: pip install {package}\n")
+
+
+@pytest.mark.parametrize("package", ["torch", "tokenizers"])
+def test_info_advises_on_a_missing_package(package: str) -> None:
+    code, out, _ = python(
+        f"""if True:
+        import importlib.metadata as metadata, sys
+        sys.modules[{package!r}], version = None, metadata.version
+        def missing(name):
+            if name == {package!r}:
+                raise metadata.PackageNotFoundError(name)
+            return version(name)
+        metadata.version = missing
+        from tlinformer.cli import main
+        sys.exit(main(["info"]))
+        """
+    )
+    assert code == 0 and f"- {package} is missing: pip install {package}\n" in out
+
+
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_ctrl_c_at_start_up(module: str) -> None:
+    result = python(
+        f"""if True:
+        import signal, sys
+        class Finder:
+            def find_spec(name, path, target=None):
+                if name == {module!r}:
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Finder)
+        from tlinformer.cli import main
+        sys.exit(main(["info"]))
+        """
+    )
+    assert result == (130, "", "interrupted\n")
+
+
 # What is wrong with the options: the arguments, parts of the message, the exit code.
 BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("generate", "no prompt; --prompt-file", 2),
@@ -210,8 +283,12 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("generate x\udcff", "the prompt: not UTF-8", 2),
     ("generate x --max-new-tokens 0", "--max-new-tokens is 0; at least 1", 2),
     ("generate x --max-new-tokens -7", "--max-new-tokens is -7; at least 1", 2),
-    ("generate x --max-new-tokens many", "--max-new-tokens", 2),
-    ("generate x --max-new-tokens 1000000000000", "max_context = 10000; needs; available", 1),
+    ("generate x --max-new-tokens many", "--max-new-tokens; 'many'", 2),
+    (
+        "generate x --max-new-tokens 1000000000000",
+        "error: max_context = 10000; needs; available",
+        1,
+    ),
     ("generate x --temperature -1", "temperature = -1; at least 0", 2),
     ("generate x --temperature nan", "temperature = nan; at least 0", 2),
     ("generate x --top-p 2", "top_p = 2; (0, 1]", 2),
@@ -221,8 +298,13 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("generate x --dtype int8", "dtype is int8; float32, bfloat16", 2),
     ("generate x --threads -1", "num_threads is -1; 4096", 2),
     ("generate x --model {tmp}/nowhere", "nowhere/config.json is missing; save_pretrained", 2),
+    ("generate x --model {model}/config.json", "config.json is a file; name the directory", 2),
     ("generate x --nonsense", "No such option: --nonsense", 2),
     ("generat x", "No such command 'generat'", 2),
+    ("eval {model} {tmp}/empty.txt", "empty.txt is empty; name a file with text", 2),
+    ("train --output {tmp}/empty.txt", "--output is; empty.txt'; Not a directory; name a", 2),
+    ("train --output {tmp}/empty.txt/x", "empty.txt/x'; Not a directory; name a", 2),
+    ("train --output /proc/x/run", "--output is '/proc/x/run'; in /proc: No such; name a", 2),
     ("plan {tmp}/nowhere", "nowhere: no such file; model directory", 2),
     ("plan {model}/model.safetensors", "model.safetensors is no usable config.json", 2),
     ("plan {model} --context 1.5M", "--context is '1.5M'; 4096 or 1M", 2),
@@ -305,6 +387,11 @@ BAD_MODELS: dict[str, tuple[Spoil, str, int]] = {
     ),
     "shape overflow": (lambda f: _edit_header(f, shape=[2**40, 2**40]), "overflow", 2),
     "integers": (lambda f: _edit_header(f, dtype="I32"), "norm.bias; int32; floating point", 2),
+    "float8": (
+        lambda f: _edit_weights(f, **{"norm.bias": torch.zeros(24).to(torch.float8_e4m3fn)}),
+        "norm.bias is torch.float8_e4m3fn; torch.float64, torch.float32, torch.float16, torch.bfl",
+        2,
+    ),
     "wrong shape": (
         lambda f: _edit_weights(f, **{"norm.bias": torch.zeros(7)}),
         "norm.bias has shape (7,); (24,)",

@@ -1,7 +1,9 @@
 """Tokenizer, token files and packed sequences."""
 
 import gzip
+import json
 import lzma
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -113,6 +115,19 @@ def test_damaged_input_is_named(tokenizer, tmp_path):
             list(data.read_text(tmp_path / name))
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         data.tokenize_files(tokenizer, [tmp_path / "gone.txt"], tmp_path / "x.bin")
+
+
+def test_empty_input_is_named(tokenizer, tmp_path):
+    (tmp_path / "empty.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match=r"empty\.gz is empty; name a file with text"):
+        data.tokenize_files(tokenizer, [tmp_path / "empty.gz"], tmp_path / "x.bin")
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.gz"]
+    (tmp_path / "a.txt").write_text(TEXT)
+    file = data.tokenize_files(tokenizer, [tmp_path / "a.txt"], tmp_path / "a.bin")
+    (tmp_path / "a.json").write_text(json.dumps(asdict(file) | {"tokens": 0}))
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.bin is empty; name a file with tokens"):
+        TokenFile.load(tmp_path / "a.bin")
 
 
 def test_a_truncated_token_file_is_refused(tokenizer, tmp_path):

@@ -16,7 +16,8 @@ from tlinformer import data, recipe
 from tlinformer import train as training
 from tlinformer.cli import main
 from tlinformer.evaluation import evaluate
-from tlinformer.recipe import ARCHITECTURES, TrainConfig, build_model, load_model
+from tlinformer.recipe import build_model, load_model
+from tlinformer.settings import ARCHITECTURES, TrainConfig
 from tlinformer.train import Interrupted, TrainingError, train
 
 MODEL = {
@@ -271,6 +272,16 @@ def test_evaluation_refuses_what_it_cannot_score(config):
 def test_settings_that_do_not_fit_are_named(config, change, words):
     with pytest.raises(ValueError, match=words):
         train(replace(config, **change))
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_made(config, tmp_path):
+    (tmp_path / "file").touch()
+    for output, cause in {tmp_path / "file" / "run": "Not a dir", "/proc/x/run": "No such"}.items():
+        with pytest.raises(ValueError, match=f"--output is '{output}', .*: {cause}.*; name a dir"):
+            train(replace(config, output=str(output), train_data=("nowhere.txt",)))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(replace(config, train_data=("nowhere.txt",)))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_resuming_something_else_names_the_difference(config, text, tmp_path):

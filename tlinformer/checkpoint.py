@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="CausalLM")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PARAMETER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save(model: CausalLM, directory: str | os.PathLike[str]) -> None:
@@ -110,10 +110,10 @@ def load(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, "
                 f"{CONFIG} asks for {tuple(expected[name].shape)}"
             )
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in PARAMETER_DTYPES:
             raise ValueError(
                 f"{path}: {name} is {tensor.dtype}; parameters are floating point: "
-                f"{', '.join(map(str, DTYPES))}"
+                f"{', '.join(map(str, PARAMETER_DTYPES))}"
             )
     model.load_state_dict(tensors, assign=True)
     return model.to(device=device or "cpu", dtype=dtype).eval()

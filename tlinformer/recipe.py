@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,17 +58,33 @@ class Corpus:
         }
 
 
+def _check_writable(output: Path) -> None:
+    """Refuses, before anything is computed or created, an output that could not be written."""
+    place = output
+    try:
+        place = next(p for p in (output, *output.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output is {str(output)!r}, but no file can be made in {place}: {error.strerror}; "
+            "name a directory that can be written"
+        ) from error
+
+
 def prepare_corpus(config: TrainConfig, progress: Progress | None = None) -> Corpus:
     """Loads or trains the tokenizer and tokenises what is not token files yet.
 
     Token files of text go to ``output``/tokens and are reused by the next run there.
 
     Raises:
-        ValueError, FileNotFoundError: no text, unreadable text, or a vocabulary that is too small.
+        ValueError, FileNotFoundError: no text, unreadable text, a vocabulary that is too small,
+            or an output that cannot be written.
     """
+    run = Path(config.output)
+    _check_writable(run)
     if not config.train_data:
         raise ValueError("train_data is empty; name at least one text file")
-    run = Path(config.output)
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     elif (run / "checkpoint.pt").is_file():  # a run that is resumed

@@ -2,7 +2,7 @@
 
 An output directory holds ``config.yaml`` (the resolved settings), ``tokenizer.json``,
 ``metrics.jsonl``, ``checkpoint.pt`` (everything a resumed run needs) and ``best/`` (the weights
-with the lowest validation loss, or the latest without validation text; `load_model` reads them).
+with the lowest validation loss, or the latest without validation text; see `recipe.load_model`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,18 +26,11 @@ from torch import nn
 
 from .data import PackedSequences, token_byte_lengths
 from .evaluation import evaluate
-from .recipe import (
-    Corpus,
-    autocast_dtype,
-    build_model,
-    load_model,
-    prepare_corpus,
-    resolve_device,
-)
+from .recipe import Corpus, autocast_dtype, build_model, prepare_corpus, resolve_device
 from .settings import TrainConfig
 from .terminal import Stopwatch, progress_bar, stop_signal
 
-__all__ = ["Interrupted", "TrainConfig", "TrainingError", "evaluate", "load_model", "train"]
+__all__ = ["Interrupted", "TrainConfig", "TrainingError", "evaluate", "train"]
 
 
 class TrainingError(RuntimeError):
@@ -73,27 +65,12 @@ def train(
         raise FileNotFoundError(f"nothing to resume: {saved} does not exist")
     if not resume and saved.exists():
         raise FileExistsError(f"{config.output} holds a run; resume it or name another output")
-    _check_writable(Path(config.output))
     console = console or Console()
     with progress_bar(console) as progress:
         run = _Run(config, prepare_corpus(config, progress), console)
         if resume:
             run.load(saved)
         return run.loop(progress)
-
-
-def _check_writable(output: Path) -> None:
-    """Refuses, before anything is computed or created, an output that could not be written."""
-    place = output
-    try:
-        place = next(p for p in (output, *output.absolute().parents) if p.exists())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--output is {str(output)!r}, but no file can be made in {place}: {error.strerror}; "
-            "name a directory that can be written"
-        ) from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

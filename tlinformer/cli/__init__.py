@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 
 def complain(message: str) -> None:
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _explain(error: BaseException) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        wrong = getattr(error.__cause__, "errors", list)()
+        wrong: list[Any] = getattr(error.__cause__, "errors", list)()  # of pydantic
         given = "".join(f"; got {detail['input']!r}" for detail in wrong)
         return f"{error.format_message()}{given} (see tlinformer --help)", 2
     if isinstance(error, ModuleNotFoundError) and error.name:

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..data import END_OF_TEXT, load_tokenizer, read_text
 from ..terminal import format_bytes
 
 ECHO = 300  # characters of the prompt's end shown before its continuation
+LONG = 0.5  # seconds after which a slide shows its progress
 
 
 def _sampling(metavar: str, text: str) -> Any:
@@ -54,9 +54,7 @@ def generate_command(
     seed: Annotated[int, _sampling("N", "Same seed, same text.")] = 0,
     dtype: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="auto (as saved), bfloat16 (half the memory) or float32."
-        ),
+        typer.Option(metavar="NAME", help="float32, bfloat16 (half the size) or auto: as saved."),
     ] = "auto",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="CPU threads (default: all).")
@@ -68,6 +66,7 @@ def generate_command(
     """Continue a prompt: text to standard output, progress and a summary to standard error."""
     import torch
 
+    from ..data import END_OF_TEXT, load_tokenizer
     from ..engine import Engine, SamplingParams
     from ..model import TLinFormerForCausalLM
 
@@ -83,25 +82,13 @@ def generate_command(
             "use the tokenizer that the model was trained with"
         )
     ids = torch.tensor([tokenizer.encode(text).ids])
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if stop_at_end and end is None:
+    stop: list[Any] = [tokenizer.token_to_id(END_OF_TEXT)] if stop_at_end else []
+    if stop == [None]:
         raise ValueError(f"--stop-at-end: {model}'s tokenizer has no {END_OF_TEXT}")
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop_token_ids=[end] if stop_at_end and end is not None else [],
-    )
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     threads = threads or torch.get_num_threads()
-    engine = Engine(
-        loaded,
-        max_context=ids.numel() + max_new_tokens,
-        dtype=None if dtype == "auto" else dtype,
-        num_threads=threads,
-    )
+    length, kind = ids.numel() + max_new_tokens, None if dtype == "auto" else dtype
+    engine = Engine(loaded, max_context=length, dtype=kind, num_threads=threads)
     # A rehearsal: bad sampling options and weights are refused before a long prompt is read.
     engine.prefill(ids[:, :1])
     engine.generate(1, sampling)
@@ -109,26 +96,22 @@ def generate_command(
 
     console = Console(stderr=True, highlight=False)
     if not as_json:
-        parameters = sum(p.numel() for p in loaded.parameters())
-        console.print(
-            f"{model.resolve().name}: {parameters / 1e6:,.1f}M parameters, "
-            f"{str(engine.dtype).removeprefix('torch.')}, {threads} threads",
-            style="dim",
-            markup=False,
-        )
+        size = sum(p.numel() for p in loaded.parameters()) / 1e6
+        kind = str(engine.dtype).removeprefix("torch.")
+        about = f"{model.resolve().name}: {size:,.1f}M parameters, {kind}, {threads} threads"
+        console.print(about, style="dim", markup=False)
     prefill_seconds = _prefill(engine, ids, console)
-    stream = _TextStream(engine, tokenizer, None if as_json else sys.stdout)
+    stream = _TextStream(tokenizer, None if as_json else sys.stdout, console)
     stream.echo(text)
-    stream.expect_slide()
     began, interrupted = time.perf_counter(), False
     try:
-        engine.generate(max_new_tokens, sampling, on_token=stream.add)
+        engine.generate(max_new_tokens, sampling, on_token=stream.add, progress=stream.slide)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         stream.close()
-    decode_seconds = time.perf_counter() - began
-    summary = _summary(engine, ids.numel(), max_new_tokens, stream, prefill_seconds, decode_seconds)
+    seconds = prefill_seconds, time.perf_counter() - began
+    summary = _summary(engine, ids.numel(), max_new_tokens, stream, *seconds)
     if as_json:
         print(json.dumps({"text": stream.text, **summary}))
     else:
@@ -138,20 +121,21 @@ def generate_command(
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    if prompt is None and file is None:
+    from ..data import read_text
+
+    if (prompt is None) == (file is None):
+        given = "no prompt" if prompt is None else "both a prompt and --prompt-file are given"
         raise ValueError(
-            'no prompt; give one (tlinformer generate "In the beginning"), --prompt-file FILE, '
+            f'{given}; give one: tlinformer generate "In the beginning", --prompt-file FILE, '
             "or --prompt-file - for standard input"
         )
-    if prompt is not None and file is not None:
-        raise ValueError("both a prompt and --prompt-file are given; give one of them")
     if prompt is not None:
         name, raw = "the prompt", prompt.encode("utf-8", "surrogateescape")
     elif str(file) == "-":
         name, raw = "standard input", sys.stdin.buffer.read()
     else:
-        assert file is not None
-        name, raw = str(file), "".join(read_text(file)).encode()
+        name = str(file)
+        raw = "".join(read_text(name)).encode()
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -164,11 +148,11 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 class _TextStream:
     """Writes tokens as text as soon as they make up whole characters, and times the slides."""
 
-    def __init__(self, engine: Any, tokenizer: Any, file: Any) -> None:
-        self._engine, self._tokenizer, self._file = engine, tokenizer, file
-        self._terminal = file is not None and file.isatty()
+    def __init__(self, tokenizer: Any, file: Any, console: Console) -> None:
+        self._tokenizer, self._file = tokenizer, file
+        self._notes, self._noted = console.file if console.is_terminal else None, False
         self._pending: list[int] = []
-        self._slide: tuple[int, float] | None = None  # slides before it, when it began
+        self._token_at = self._slid_at = time.perf_counter()
         self.text, self.tokens, self.slide_seconds = "", 0, 0.0
 
     def _write(self, text: str) -> None:
@@ -177,36 +161,33 @@ class _TextStream:
 
     def echo(self, prompt: str) -> None:
         """Shows the end of the prompt, dim, where a person reads along."""
-        if self._terminal:
+        if self._file is not None and self._file.isatty():
             tail = prompt if len(prompt) <= ECHO else "..." + prompt[-ECHO:]
             tail = "".join(c if c.isprintable() or c == "\n" else " " for c in tail)
             self._write(f"\x1b[2m{tail}\x1b[0m")
 
     def add(self, _sequence: int, token: int) -> None:
-        self._end_slide()
+        self._note("")
         self.tokens += 1
         self._pending.append(token)
         self._flush(at_most=8)
-        self.expect_slide()
+        self._token_at = self._slid_at = time.perf_counter()
 
-    def expect_slide(self) -> None:
-        """Starts the clock, and says so on a terminal, if the next token has to slide."""
-        stats = self._engine.stats
-        if stats.window_fill == self._engine.config.generation_window:
-            self._slide = (stats.slides, time.perf_counter())
-            if self._terminal:  # a note on the line below; the cursor comes back
-                held = stats.history_length + stats.window_fill
-                note = f"[sliding: rereading {held:,} tokens]"
-                self._write(f"\x1bD\x1b[A\x1b7\r\n\x1b[2m{note}\x1b[0m")
+    def slide(self, share: float) -> None:
+        """Takes the time of a slide; a long one shows its progress on a terminal."""
+        now = time.perf_counter()
+        self.slide_seconds += now - self._slid_at
+        self._slid_at = now
+        if now - self._token_at > LONG:
+            self._note(f"[sliding: {share:.0%} of the context read again]")
 
-    def _end_slide(self) -> None:
-        if self._slide is not None:
-            slides, began = self._slide
-            if self._engine.stats.slides > slides:
-                self.slide_seconds += time.perf_counter() - began
-            self._slide = None
-            if self._terminal:
-                self._write("\x1b[2K\x1b8")
+    def _note(self, text: str) -> None:
+        """Replaces the note on the line below the text; the cursor comes back."""
+        if self._notes and (text or self._noted):
+            note = f"\x1bD\x1b[A\x1b7\r\n\x1b[2K\x1b[2m{text}\x1b[0m\x1b8"
+            self._noted = True  # Ctrl-C may come before the next line has run
+            print(note, end="", flush=True, file=self._notes)
+            self._noted = bool(text)
 
     def _flush(self, at_most: int) -> None:
         text = self._tokenizer.decode(self._pending, skip_special_tokens=False)
@@ -217,35 +198,28 @@ class _TextStream:
         self._write(text)
 
     def close(self) -> None:
-        self._end_slide()
+        self._note("")
         self._flush(at_most=0)
         self._write("\n")
 
 
 def _prefill(engine: Any, ids: Any, console: Console) -> float:
-    columns = (
-        TextColumn("reading [bold]{task.fields[read]:,}[/] of {task.fields[tokens]:,} tokens"),
-        BarColumn(),
-        TimeRemainingColumn(),
-    )
-    tokens, shown = ids.numel(), console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    text = "reading [bold]{task.fields[read]:,}[/] of {task.fields[tokens]:,} tokens"
+    columns = TextColumn(text), BarColumn(), TimeRemainingColumn()
+    tokens, hidden = ids.numel(), not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=1.0, read=0, tokens=tokens)
+
+        def show(share: float) -> None:
+            progress.update(task, completed=share, read=int(share * tokens))
+
         began = time.perf_counter()
-        engine.prefill(
-            ids,
-            progress=lambda share: progress.update(task, completed=share, read=int(share * tokens)),
-        )
+        engine.prefill(ids, progress=show)
         return time.perf_counter() - began
 
 
 def _summary(
-    engine: Any,
-    prompt: int,
-    max_new_tokens: int,
-    stream: _TextStream,
-    prefill_seconds: float,
-    decode_seconds: float,
+    engine: Any, prompt: int, most: int, stream: _TextStream, prefill: float, decode: float
 ) -> dict[str, Any]:
     config, stats, new = engine.config, engine.stats, stream.tokens
     # Both caches are counted as allocated, for as many tokens as this run may hold.
@@ -253,15 +227,15 @@ def _summary(
     return {
         "prompt_tokens": prompt,
         "new_tokens": new,
-        "prefill_seconds": prefill_seconds,
-        "prefill_tokens_per_second": prompt / prefill_seconds,
-        "decode_seconds": decode_seconds,
-        "decode_tokens_per_second": new / decode_seconds,
+        "prefill_seconds": prefill,
+        "prefill_tokens_per_second": prompt / prefill,
+        "decode_seconds": decode,
+        "decode_tokens_per_second": new / decode,
         "slide_seconds": stream.slide_seconds,
         "hits": stats.hits,
         "slides": stats.slides,
         "cache_bytes": stats.cache_bytes,
-        "standard_transformer_cache_bytes": row * (prompt + max_new_tokens),
+        "standard_transformer_cache_bytes": row * (prompt + most),
     }
 
 
