@@ -60,17 +60,18 @@ void Dense::operator()(const Matrix& w, int64_t begin, int64_t end, const float*
 template <class T>
 void Dense::few_rows(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t m,
                      bool accumulate, float* y, int64_t ldy) const {
-  // Blocks of columns, a multiple of the kernel's four, dealt out so that threads end together.
-  constexpr int64_t kBlock = 64;
-  const int64_t blocks = (end - begin + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads_) schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = begin + block * kBlock;
-    const int64_t last = std::min(end, first + kBlock);
-    for (int64_t r = 0; r < m; r += kGemvRows) {
-      typed<T>(kernels()).gemv(static_cast<const T*>(w.data), w.bias, x + r * w.k, w.k,
-                               std::min(kGemvRows, m - r), w.k, first, last, accumulate,
-                               y + r * ldy - begin, ldy);
+  for (int64_t thread = 0; thread < threads_; ++thread) {
+    const int64_t first = begin + (end - begin) * thread / threads_;
+    const int64_t last = begin + (end - begin) * (thread + 1) / threads_;
+    // A second pass over the weights, for more rows, should find them in the cache.
+    const int64_t step = m > kGemvRows ? 256 : std::max<int64_t>(1, last - first);
+    for (int64_t from = first; from < last; from += step) {
+      for (int64_t r = 0; r < m; r += kGemvRows) {
+        typed<T>(kernels()).gemv(static_cast<const T*>(w.data), w.bias, x + r * w.k, w.k,
+                                 std::min(kGemvRows, m - r), w.k, from, std::min(last, from + step),
+                                 accumulate, y + r * ldy - begin, ldy);
+      }
     }
   }
 }

@@ -31,36 +31,44 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 #include "simd.h"
 
-// One row of weights at a time: the matrix is then a single stream, which a core reads half as
-// fast again as several interleaved ones. Two sums a row of x hide the latency of adding.
+// S streams of `count` rows each, far apart in memory: a core reads several long streams faster
+// than one, and much faster than rows that lie side by side.
+template <int M, int S, class T>
+TLIN_INLINE void gemv_streams(const T* w, const float* bias, const float* x, int64_t ldx, int64_t k,
+                              int64_t begin, int64_t count, bool accumulate, float* y,
+                              int64_t ldy) {
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // elements prefetched ahead
+  const int64_t whole = k / kLanes * kLanes;
+  for (int64_t j = begin; j < begin + count; ++j) {
+    VecF acc[M][S] = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int s = 0; s < S; ++s) {
+        const T* at = w + (j + s * count) * k + i;
+        __builtin_prefetch(at + kAhead);
+        const VecF weight = load(at);
+        for (int r = 0; r < M; ++r) acc[r][s] += weight * load(x + r * ldx + i);
+      }
+    }
+    for (int r = 0; r < M; ++r) {
+      for (int s = 0; s < S; ++s) {
+        const int64_t column = j + s * count;
+        float dot = sum(acc[r][s]);
+        for (int64_t i = whole; i < k; ++i) dot += load1(w + column * k + i) * x[r * ldx + i];
+        if (bias) dot += bias[column];
+        float* out = y + r * ldy + column;
+        *out = accumulate ? *out + dot : dot;
+      }
+    }
+  }
+}
+
 template <int M, class T>
 TLIN_INLINE void gemv_rows(const T* w, const float* bias, const float* x, int64_t ldx, int64_t k,
                            int64_t begin, int64_t end, bool accumulate, float* y, int64_t ldy) {
-  constexpr int64_t kAhead = 4096 / sizeof(T);  // elements prefetched ahead
-  for (int64_t j = begin; j < end; ++j) {
-    const T* row = w + j * k;
-    VecF acc[M][2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
-      __builtin_prefetch(row + i + kAhead);
-      if (2 * kLanes * sizeof(T) > 64) __builtin_prefetch(row + i + kLanes + kAhead);
-      const VecF even = load(row + i), odd = load(row + i + kLanes);
-      for (int r = 0; r < M; ++r) {
-        acc[r][0] += even * load(x + r * ldx + i);
-        acc[r][1] += odd * load(x + r * ldx + i + kLanes);
-      }
-    }
-    for (; i + kLanes <= k; i += kLanes) {
-      for (int r = 0; r < M; ++r) acc[r][0] += load(row + i) * load(x + r * ldx + i);
-    }
-    for (int r = 0; r < M; ++r) {
-      float dot = sum(acc[r][0] + acc[r][1]);
-      for (int64_t tail = i; tail < k; ++tail) dot += load1(row + tail) * x[r * ldx + tail];
-      if (bias) dot += bias[j];
-      float* out = y + r * ldy + j;
-      *out = accumulate ? *out + dot : dot;
-    }
-  }
+  constexpr int kStreams = 4;
+  const int64_t count = (end - begin) / kStreams, rest = begin + kStreams * count;
+  gemv_streams<M, kStreams>(w, bias, x, ldx, k, begin, count, accumulate, y, ldy);
+  gemv_streams<M, 1>(w, bias, x, ldx, k, rest, end - rest, accumulate, y, ldy);
 }
 
 template <class T>
