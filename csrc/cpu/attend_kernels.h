@@ -5,7 +5,9 @@ TLIN_INLINE float dot(const float* q, const T* k, int64_t d) {
   VecF acc{};
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) acc += load(q + i) * load(k + i);
-  float tail = 0;
+  Vec4 rest{};
+  for (; i + 4 <= d; i += 4) rest += load4(q + i) * load4(k + i);
+  float tail = (rest[0] + rest[2]) + (rest[1] + rest[3]);
   for (; i < d; ++i) tail += q[i] * load1(k + i);
   return sum(acc) + tail;
 }
@@ -20,6 +22,11 @@ TLIN_INLINE void add_rows(const float* p, const T* v, int64_t ldv, int64_t rows,
     for (; i + kLanes <= d; i += kLanes) {
       VecF acc = load(out + i);
       for (int r = 0; r < 4; ++r) acc += splat(p[row + r]) * load(v + r * ldv + i);
+      store(out + i, acc);
+    }
+    for (; i + 4 <= d; i += 4) {
+      Vec4 acc = load_as<Vec4>(out + i);
+      for (int r = 0; r < 4; ++r) acc += p[row + r] * load4(v + r * ldv + i);
       store(out + i, acc);
     }
     for (; i < d; ++i) {

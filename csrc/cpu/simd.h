@@ -8,6 +8,9 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef uint32_t Vec4U __attribute__((vector_size(16)));
+typedef uint16_t Vec4H __attribute__((vector_size(8)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
 template <class To, class From>
@@ -32,6 +35,14 @@ TLIN_INLINE VecF load(const bf16* p) {
   __builtin_memcpy(&h, p, sizeof(h));
   return bits<VecF>(__builtin_convertvector(h, VecU) << 16);
 }
+// Four floats: what remains of a row whose length is no multiple of kLanes.
+TLIN_INLINE Vec4 load4(const float* p) { return load_as<Vec4>(p); }
+TLIN_INLINE Vec4 load4(const bf16* p) {
+  Vec4H h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return bits<Vec4>(__builtin_convertvector(h, Vec4U) << 16);
+}
+
 template <class V>
 TLIN_INLINE void store(float* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof(v));
@@ -48,7 +59,6 @@ TLIN_INLINE void store1(bf16* p, float x) {  // round to nearest even; NaN stays
 TLIN_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 TLIN_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
 
-typedef float Vec4 __attribute__((vector_size(16)));
 TLIN_INLINE float sum(VecF v) {
   Vec4 parts[kLanes / 4];
   __builtin_memcpy(parts, &v, sizeof(v));

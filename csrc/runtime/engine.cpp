@@ -297,5 +297,4 @@ void Engine::reset() {
 int64_t Engine::sequences() const { return impl_->active; }
 const Config& Engine::config() const { return impl_->config; }
 const CachePlan& Engine::plan() const { return impl_->plan; }
-
 }  // namespace tlinformer
