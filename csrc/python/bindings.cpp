@@ -141,31 +141,29 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
-  py::class_<Config>(m, "Config")
-      .def(py::init([](const py::dict& fields) {
-        Config c;
-        const auto get = [&](const char* name, auto& field) {
-          field = fields[name].cast<std::decay_t<decltype(field)>>();
-        };
-        get("vocab_size", c.vocab_size);
-        get("hidden_size", c.hidden_size);
-        get("num_attention_heads", c.num_attention_heads);
-        get("num_key_value_heads", c.num_key_value_heads);
-        get("num_blocks", c.num_blocks);
-        get("block_depth", c.block_depth);
-        get("generation_window", c.generation_window);
-        get("intermediate_size", c.intermediate_size);
-        get("rope_theta", c.rope_theta);
-        get("layer_norm_eps", c.layer_norm_eps);
-        get("history_window_coefficient", c.history_window_coefficient);
-        const py::object window = fields["history_window"];
-        c.history_window = py::isinstance<py::str>(window) ? Config::kAuto : window.cast<int64_t>();
-        c.variant = fields["variant"].cast<std::string>() == "tconstformer" ? Variant::tconstformer
-                                                                            : Variant::tlinformer;
-        c.validate();
-        return c;
-      }))
-      .def("compressed_rows", &Config::compressed_rows);
+  py::class_<Config>(m, "Config").def(py::init([](const py::dict& fields) {
+    Config c;
+    const auto get = [&](const char* name, auto& field) {
+      field = fields[name].cast<std::decay_t<decltype(field)>>();
+    };
+    get("vocab_size", c.vocab_size);
+    get("hidden_size", c.hidden_size);
+    get("num_attention_heads", c.num_attention_heads);
+    get("num_key_value_heads", c.num_key_value_heads);
+    get("num_blocks", c.num_blocks);
+    get("block_depth", c.block_depth);
+    get("generation_window", c.generation_window);
+    get("intermediate_size", c.intermediate_size);
+    get("rope_theta", c.rope_theta);
+    get("layer_norm_eps", c.layer_norm_eps);
+    get("history_window_coefficient", c.history_window_coefficient);
+    const py::object window = fields["history_window"];
+    c.history_window = py::isinstance<py::str>(window) ? Config::kAuto : window.cast<int64_t>();
+    c.variant = fields["variant"].cast<std::string>() == "tconstformer" ? Variant::tconstformer
+                                                                        : Variant::tlinformer;
+    c.validate();
+    return c;
+  }));
 
   py::class_<Region>(m, "Region")
       .def_readonly("name", &Region::name)
@@ -186,7 +184,6 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("regions", &CachePlan::regions)
       .def_property_readonly("total_bytes", &CachePlan::total_bytes)
       .def_property_readonly("cache_bytes", &CachePlan::cache_bytes)
-      .def_property_readonly("piece_rows", &CachePlan::piece_rows)
       .def("bytes_of", &CachePlan::bytes_of);
 
   py::class_<SamplingParams>(m, "SamplingParams")
