@@ -58,11 +58,19 @@ class CpuBackend final : public Backend {
     norm_bias_ = to_floats(dtype_, weights.norm_bias, c_.hidden_size);
     for (const LayerWeights& from : weights.layers) layers_.emplace_back(c_, dtype_, from);
     queries_.reserve(static_cast<size_t>(plan.options().batch_size));
+    tokens_.resize(static_cast<size_t>(plan.options().batch_size));
     warm_up();
   }
 
-  void run(const Stage& stage, const std::vector<Span>& spans,
-           const std::vector<const int32_t*>& tokens, const Poll& poll) override {
+  void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
+                    int64_t count) override {
+    Tokens& to = tokens_[static_cast<size_t>(sequence)];
+    to.reserve(static_cast<size_t>(plan_.options().max_context));
+    to.resize(static_cast<size_t>(begin));
+    to.insert(to.end(), tokens, tokens + count);
+  }
+
+  void run(const Stage& stage, const std::vector<Span>& spans, const Poll& poll) override {
     spans_ = &spans;
     rows_ = 0;
     for (const Span& span : spans) rows_ += span.rows;
@@ -78,7 +86,7 @@ class CpuBackend final : public Backend {
     for (const Verb& verb : stage.verbs) {
       switch (verb.kind) {
         case Verb::Kind::embed:
-          embed(tokens);
+          embed();
           break;
         case Verb::Kind::load:
           std::memcpy(x_, stream(), row_bytes(rows_));
@@ -107,10 +115,32 @@ class CpuBackend final : public Backend {
 
   const float* logits() const override { return base_ + w_.logits; }
 
-  int32_t sample(int64_t sequence, const SamplingParams& params, const uint8_t* seen,
-                 int64_t position) override {
-    return sampler_.draw(logits() + sequence * c_.vocab_size, c_.vocab_size, params, seen, sequence,
-                         position);
+  void copy_logits(float* to, int64_t sequences) const override {
+    std::memcpy(to, logits(), static_cast<size_t>(sequences * c_.vocab_size) * sizeof(float));
+  }
+
+  void begin(const SamplingParams& params, const std::vector<Span>& last) override {
+    sampling_ = params;
+    seen_.clear();
+    if (params.repetition_penalty == 1.0) return;
+    seen_.resize(tokens_.size() * static_cast<size_t>(c_.vocab_size), 0);
+    for (const Span& span : last) {
+      for (int64_t i = 0; i <= span.begin; ++i) {
+        seen(span.sequence)[tokens_[static_cast<size_t>(span.sequence)][static_cast<size_t>(i)]] =
+            1;
+      }
+    }
+  }
+
+  void draw(const std::vector<Span>& next, Tokens& drawn) override {
+    drawn.clear();
+    for (const Span& span : next) {
+      uint8_t* flags = seen_.empty() ? nullptr : seen(span.sequence);
+      drawn.push_back(sampler_.draw(logits() + span.sequence * c_.vocab_size, c_.vocab_size,
+                                    sampling_, flags, span.sequence, span.begin));
+      if (flags) flags[drawn.back()] = 1;
+      write_tokens(span.sequence, span.begin, &drawn.back(), 1);
+    }
   }
 
  private:
@@ -135,14 +165,17 @@ class CpuBackend final : public Backend {
     return arena_ + plan_.find("stream")->offset + row_bytes(spans_->front().begin);
   }
 
-  void embed(const std::vector<const int32_t*>& tokens) {
+  uint8_t* seen(int64_t sequence) { return seen_.data() + sequence * c_.vocab_size; }
+
+  void embed() {
     int64_t first = 0;
-    for (size_t i = 0; i < spans_->size(); ++i) {
-      const int64_t rows = (*spans_)[i].rows;
+    for (const Span& span : *spans_) {
+      const int64_t rows = span.rows;
+      const int32_t* tokens = tokens_[static_cast<size_t>(span.sequence)].data() + span.begin;
 #pragma omp parallel for num_threads(threads_) schedule(static) if (rows > 8)
       for (int64_t row = 0; row < rows; ++row) {
         float* to = x_ + (first + row) * c_.hidden_size;
-        const int64_t offset = tokens[i][row] * c_.hidden_size;
+        const int64_t offset = tokens[row] * c_.hidden_size;
         if (dtype_ == DType::bfloat16) {
           kernels().b16.widen(static_cast<const bf16*>(embed_.data) + offset, c_.hidden_size, to);
         } else {
@@ -266,6 +299,9 @@ class CpuBackend final : public Backend {
   Rope rope_;
   Attend attend_;
   Sampler sampler_;
+  SamplingParams sampling_;
+  std::vector<uint8_t> seen_;   // (batch, V): in the sequence already; empty without a penalty
+  std::vector<Tokens> tokens_;  // by sequence
   Matrix embed_;
   std::vector<float> norm_weight_, norm_bias_;
   std::vector<Layer> layers_;

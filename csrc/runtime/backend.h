@@ -87,17 +87,37 @@ using Poll = std::function<void(double)>;
 class Backend {
  public:
   virtual ~Backend() = default;
-  // Runs the stage's verbs over the spans, in order; polls between pieces of long attention.
-  virtual void run(const Stage& stage, const std::vector<Span>& spans,
-                   const std::vector<const int32_t*>& tokens, const Poll& poll) = 0;
-  virtual const float* logits() const = 0;  // (batch_size, V), row = sequence
-  // Draws the token at `position` of a sequence; `seen` flags its tokens so far (V) or is null.
-  virtual int32_t sample(int64_t sequence, const SamplingParams& params, const uint8_t* seen,
-                         int64_t position) = 0;
+
+  // The backend keeps the token ids of every sequence, by position.
+  virtual void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
+                            int64_t count) = 0;
+
+  // Runs the stage's verbs over the spans, in order; polls between pieces of long work.
+  virtual void run(const Stage& stage, const std::vector<Span>& spans, const Poll& poll) = 0;
+
+  // Float32 (batch_size, V), row = sequence, in the memory of the engine's device.
+  virtual const float* logits() const = 0;
+  virtual void copy_logits(float* to, int64_t sequences) const = 0;  // to the same device
+
+  // generate: begin, then tokens drawn and run in turn, then end. `last` are the spans of the
+  // newest token of every active sequence, as the engine counts them.
+  virtual void begin(const SamplingParams& params, const std::vector<Span>& last) = 0;
+  // The next `steps` draws will each be followed by a run of the window's stage over what was
+  // drawn, nothing between: a device may go ahead of the host.
+  virtual void expect(int64_t /*steps*/) {}
+  // Draws the token of each span from its sequence's logits and stores it at the span's position.
+  virtual void draw(const std::vector<Span>& next, Tokens& drawn) = 0;
+  // Whatever was drawn or run beyond `last` never happened.
+  virtual void end(const std::vector<Span>& /*last*/) {}
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const Config& config, const Weights& weights,
                                           const CachePlan& plan, Arena arena,
                                           const EngineOptions& options);
+#if defined(TLINFORMER_CUDA)
+std::unique_ptr<Backend> make_cuda_backend(const Config& config, const Weights& weights,
+                                           const CachePlan& plan, Arena arena,
+                                           const EngineOptions& options);
+#endif
 
 }  // namespace tlinformer

@@ -3,6 +3,9 @@
 #include "tlinformer/cache.h"
 #include "tlinformer/error.h"
 #include "workspace.h"
+#if defined(TLINFORMER_CUDA)
+#include "../cuda/workspace.h"
+#endif
 
 namespace tlinformer {
 namespace {
@@ -14,6 +17,16 @@ int64_t choose_piece_rows(const Config& config, int64_t history) {
   const int64_t row_bytes = 4 * (4 * config.hidden_size + 2 * config.intermediate_size);
   const int64_t rows = std::clamp<int64_t>(kBytes / row_bytes / 64 * 64, 64, 1024);
   return std::max<int64_t>(1, std::min(rows, history));
+}
+
+void check_device(const Config& config, const CachePlanOptions& options) {
+  if (options.device == Device::cpu) return;
+#if defined(TLINFORMER_CUDA)
+  cuda::check_supported(config, options);
+#else
+  require(false, "this build of tlinformer has no CUDA backend; build it where nvcc and a CUDA ",
+          "build of torch are (TLINFORMER_CUDA=1 says why it cannot), or use the CPU");
+#endif
 }
 
 // Upper bounds that keep every product below in int64: 2^40 tokens, 2^20 sequences.
@@ -39,6 +52,7 @@ void CachePlan::add(const std::string& name, int block, int layer, int64_t rows,
 CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options) {
   config.validate();
   check_options(options);
+  check_device(config, options);
   // More than this could overflow; no machine holds it anyway. A row is a token's keys and values
   // in every layer, and the widest activations.
   const double row =
@@ -54,48 +68,63 @@ CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options)
   const int64_t history = config.history_at(options.max_context - 1);
   const int64_t window = std::min(config.generation_window, options.max_context);
   const int64_t compressed = config.compressed_rows(history);
-  const auto key_values = [&](int64_t rows) {
-    return 2 * options.batch_size * rows * config.kv_dim() * size_of(options.dtype);
+  // On a GPU the rows of every head start on 16 bytes, for bulk copies, whatever the head size.
+  const int64_t multiple = options.device == Device::cuda ? 8 : 1;
+  const auto add_rows = [&](const char* name, int b, int l, int64_t rows) {
+    rows = (rows + multiple - 1) / multiple * multiple;
+    plan.add(name, b, l, rows,
+             2 * options.batch_size * rows * config.kv_dim() * size_of(options.dtype));
   };
   const int blocks = static_cast<int>(config.num_blocks);
   const int depth = static_cast<int>(config.block_depth);
   for (int b = 0; b < blocks; ++b) {
     // Block 0's window follows its history in the same region: a slide appends without a copy.
     const int64_t rows = history + (b == 0 ? window : 0);
-    plan.add("history", b, 0, rows, key_values(rows));
+    add_rows("history", b, 0, rows);
   }
   for (int b = 0; b < blocks; ++b) {
-    for (int l = 1; l < depth; ++l) plan.add("context", b, l, compressed, key_values(compressed));
+    for (int l = 1; l < depth; ++l) add_rows("context", b, l, compressed);
   }
   for (int b = 0; b < blocks; ++b) {
     for (int l = b == 0 ? 1 : 0; l < depth; ++l) {
-      plan.add("window", b, l, window, key_values(window));
+      add_rows("window", b, l, window);
     }
   }
   // Between three blocks or more, the history's activations themselves have to be kept.
   if (blocks > 2) plan.add("stream", -1, -1, history, history * config.hidden_size * 4);
+#if defined(TLINFORMER_CUDA)
+  if (options.device == Device::cuda) {
+    plan.piece_rows_ = std::max<int64_t>(1, std::min(cuda::kPieceRows, history));
+    plan.add("workspace", -1, -1, 0, cuda::Workspace::layout(config, plan).bytes);
+    plan.check_limit(config);
+    return plan;
+  }
+#endif
   plan.piece_rows_ = choose_piece_rows(config, history);
   const Workspace workspace = Workspace::layout(config, options, plan.piece_rows_);
   plan.add("workspace", -1, -1, workspace.rows, workspace.floats * 4);
 
-  if (options.memory_limit > 0 && plan.total_bytes_ > options.memory_limit) {
-    CachePlanOptions smaller = options;
-    smaller.memory_limit = 0;
-    int64_t fits = 0;
-    for (int64_t low = 1, high = options.max_context - 1; low <= high;) {
-      smaller.max_context = low + (high - low) / 2;
-      const bool ok = make(config, smaller).total_bytes() <= options.memory_limit;
-      if (ok) fits = smaller.max_context;
-      (ok ? low : high) = ok ? smaller.max_context + 1 : smaller.max_context - 1;
-    }
-    throw OutOfMemory("max_context = " + std::to_string(options.max_context) +
-                      " with batch_size = " + std::to_string(options.batch_size) + " needs " +
-                      std::to_string(plan.total_bytes_) + " bytes; " +
-                      std::to_string(options.memory_limit) + " are available" +
-                      (fits > 0 ? ", enough for max_context = " + std::to_string(fits)
-                                : ", too few for any context"));
-  }
+  plan.check_limit(config);
   return plan;
+}
+
+void CachePlan::check_limit(const Config& config) const {
+  if (options_.memory_limit == 0 || total_bytes_ <= options_.memory_limit) return;
+  CachePlanOptions smaller = options_;
+  smaller.memory_limit = 0;
+  int64_t fits = 0;
+  for (int64_t low = 1, high = options_.max_context - 1; low <= high;) {
+    smaller.max_context = low + (high - low) / 2;
+    const bool ok = make(config, smaller).total_bytes() <= options_.memory_limit;
+    if (ok) fits = smaller.max_context;
+    (ok ? low : high) = ok ? smaller.max_context + 1 : smaller.max_context - 1;
+  }
+  throw OutOfMemory("max_context = " + std::to_string(options_.max_context) +
+                    " with batch_size = " + std::to_string(options_.batch_size) + " needs " +
+                    std::to_string(total_bytes_) + " bytes; " +
+                    std::to_string(options_.memory_limit) + " are available" +
+                    (fits > 0 ? ", enough for max_context = " + std::to_string(fits)
+                              : ", too few for any context"));
 }
 
 const Region* CachePlan::find(const std::string& name, int block, int layer) const {

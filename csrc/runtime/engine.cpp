@@ -11,7 +11,7 @@ namespace tlinformer {
 
 struct Engine::Impl {
   struct Sequence {
-    Tokens tokens;              // cached so far
+    int64_t length = 0;         // tokens cached so far
     int64_t slid_history = 0;   // history that the cache is compressed for; kStale: redo it
     int64_t known_history = 0;  // rows of block 0's history that are cached
   };
@@ -23,8 +23,7 @@ struct Engine::Impl {
   Program slide_stages;
   std::unique_ptr<Backend> backend;
   std::vector<Sequence> sequences;
-  std::vector<Span> spans;  // of the call under way; kept so that a hit allocates nothing
-  std::vector<const int32_t*> span_tokens;
+  std::vector<Span> spans;        // of the call under way; kept so that a hit allocates nothing
   std::vector<int64_t> everyone;  // 0 ... active - 1
   int64_t active = 0;
   EngineStats stats;
@@ -33,16 +32,20 @@ struct Engine::Impl {
     return {sequence, begin, rows, history, config.compressed_rows(history)};
   }
 
-  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
-    span_tokens.clear();
-    for (const Span& span : over) {
-      const Sequence& sequence = sequences[static_cast<size_t>(span.sequence)];
-      span_tokens.push_back(sequence.tokens.data() + span.begin);
+  // The newest token of every sequence.
+  std::vector<Span> last_tokens() const {
+    std::vector<Span> last;
+    for (int64_t index : everyone) {
+      const int64_t position = sequences[static_cast<size_t>(index)].length - 1;
+      last.push_back(span_of(index, position, 1, config.history_at(position)));
     }
+    return last;
+  }
+
+  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
     double whole = 0;
     for (const Span& span : over) whole += cost(config, stage, span);
-    backend->run(stage, over, span_tokens,
-                 [&meter, whole](double share) { meter.poll(share * whole); });
+    backend->run(stage, over, [&meter, whole](double share) { meter.poll(share * whole); });
     meter.done += whole;
   }
 
@@ -96,9 +99,9 @@ struct Engine::Impl {
     Meter meter{&progress};
     std::vector<Span> windows;
     for (size_t i = 0; i < prompts.size(); ++i) {
-      sequences[i].tokens = prompts[i];
-      sequences[i].tokens.reserve(static_cast<size_t>(options.max_context));
       const int64_t length = static_cast<int64_t>(prompts[i].size());
+      sequences[i].length = length;
+      backend->write_tokens(static_cast<int64_t>(i), 0, prompts[i].data(), length);
       const int64_t history = config.history_at(length - 1);
       windows.push_back(span_of(static_cast<int64_t>(i), history, length - history, history));
       meter.total += slide_cost(windows.back().sequence, history);
@@ -121,29 +124,46 @@ struct Engine::Impl {
     }
   }
 
-  // Pushes one token onto each of the listed sequences.
-  void push(const std::vector<int64_t>& listed, const Tokens& tokens, const Progress& progress) {
-    Meter meter{&progress};
-    for (int64_t index : listed) {  // slides first, so that a failure leaves every token unpushed
-      const Sequence& sequence = sequences[static_cast<size_t>(index)];
-      const int64_t history = config.history_at(static_cast<int64_t>(sequence.tokens.size()));
-      if (history == sequence.slid_history) continue;
-      meter.total = slide_cost(index, history);
-      meter.done = 0;
-      slide(index, history, meter);
-    }
+  // The next token of each of the listed sequences.
+  void aim(const std::vector<int64_t>& listed) {
     spans.clear();
-    for (size_t i = 0; i < listed.size(); ++i) {
-      Sequence& sequence = sequences[static_cast<size_t>(listed[i])];
-      const int64_t position = static_cast<int64_t>(sequence.tokens.size());
-      sequence.tokens.push_back(tokens[i]);
-      sequence.known_history = std::max(sequence.known_history, position + 1);
-      spans.push_back(span_of(listed[i], position, 1, config.history_at(position)));
+    for (int64_t index : listed) {
+      const int64_t position = sequences[static_cast<size_t>(index)].length;
+      spans.push_back(span_of(index, position, 1, config.history_at(position)));
+    }
+  }
+
+  bool slides(const Span& next) const {
+    return next.history != sequences[static_cast<size_t>(next.sequence)].slid_history;
+  }
+
+  // Pushes the tokens of `spans`, which the backend holds already.
+  void push(const Progress& progress) {
+    Meter meter{&progress};
+    for (const Span& next : spans) {  // slides first, so that a failure leaves every token unpushed
+      if (!slides(next)) continue;
+      meter.total = slide_cost(next.sequence, next.history);
+      meter.done = 0;
+      slide(next.sequence, next.history, meter);
     }
     const Progress none;  // a hit is too short to interrupt
     Meter unmetered{&none};
     run(window, spans, unmetered);
+    for (const Span& pushed : spans) {
+      Sequence& sequence = sequences[static_cast<size_t>(pushed.sequence)];
+      sequence.length = pushed.begin + 1;
+      sequence.known_history = std::max(sequence.known_history, pushed.begin + 1);
+    }
     count_hits();
+  }
+
+  // How many tokens each of `spans` can take before the first of them slides.
+  int64_t until_slide(int64_t most) const {
+    for (const Span& next : spans) {
+      if (slides(next)) return 0;
+      most = std::min(most, next.history + config.generation_window - next.begin);
+    }
+    return most;
   }
 
   void count_hits() {
@@ -170,7 +190,7 @@ struct Engine::Impl {
 
   void check_room(int64_t tokens) const {
     for (int64_t i = 0; i < active; ++i) {
-      const int64_t held = static_cast<int64_t>(sequences[static_cast<size_t>(i)].tokens.size());
+      const int64_t held = sequences[static_cast<size_t>(i)].length;
       require(tokens <= plan.options().max_context - held, "sequence ", i, " holds ", held,
               " tokens and cannot take ", tokens,
               " more: max_context = ", plan.options().max_context,
@@ -179,14 +199,26 @@ struct Engine::Impl {
   }
 
   void forget() {
-    for (Sequence& sequence : sequences) {
-      sequence.tokens.clear();
-      sequence.slid_history = 0;
-      sequence.known_history = 0;
-    }
+    for (Sequence& sequence : sequences) sequence = {};
+    everyone.clear();
     active = 0;
   }
 };
+
+namespace {
+
+std::unique_ptr<Backend> make_backend(const Config& config, const Weights& weights,
+                                      const CachePlan& plan, Arena arena,
+                                      const EngineOptions& options) {
+#if defined(TLINFORMER_CUDA)
+  if (plan.options().device == Device::cuda) {
+    return make_cuda_backend(config, weights, plan, arena, options);
+  }
+#endif
+  return make_cpu_backend(config, weights, plan, arena, options);
+}
+
+}  // namespace
 
 Engine::Engine(const Config& config, const Weights& weights, const CachePlan& plan, Arena arena,
                const EngineOptions& options)
@@ -203,11 +235,10 @@ Engine::Engine(const Config& config, const Weights& weights, const CachePlan& pl
   impl_->plan = plan;
   impl_->window = window_program(config);
   impl_->slide_stages = slide_program(config);
-  impl_->backend = make_cpu_backend(config, weights, plan, arena, options);
+  impl_->backend = make_backend(config, weights, plan, arena, options);
   const size_t batch = static_cast<size_t>(plan.options().batch_size);
   impl_->sequences.resize(batch);
   impl_->spans.reserve(batch);
-  impl_->span_tokens.reserve(batch);
 }
 
 Engine::~Engine() = default;
@@ -224,7 +255,12 @@ void Engine::step(const Tokens& tokens, const Progress& progress) {
           " tokens for ", impl_->active, " sequences; it takes one each");
   impl_->check_tokens(tokens, "step");
   impl_->check_room(1);
-  impl_->push(impl_->everyone, tokens, progress);
+  impl_->aim(impl_->everyone);
+  for (const Span& next : impl_->spans) {
+    const int32_t* token = tokens.data() + next.sequence;
+    impl_->backend->write_tokens(next.sequence, next.begin, token, 1);
+  }
+  impl_->push(progress);
 }
 
 std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParams& sampling,
@@ -234,34 +270,35 @@ std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParam
   require(max_new_tokens >= 0, "max_new_tokens = ", max_new_tokens, "; it must be at least 0");
   sampling.validate(impl.config.vocab_size);
   impl.check_room(max_new_tokens);
-  const size_t count = static_cast<size_t>(impl.active);
-  const size_t vocab = static_cast<size_t>(impl.config.vocab_size);
-  std::vector<Tokens> out(count);
-  std::vector<uint8_t> seen(sampling.repetition_penalty == 1.0 ? 0 : count * vocab, 0);
-  std::vector<int64_t> live = impl.everyone;
-  Tokens drawn(count);
-  for (size_t i = 0; i < count; ++i) {
-    out[i].reserve(static_cast<size_t>(max_new_tokens));
-    if (seen.empty()) continue;
-    for (int32_t token : impl.sequences[i].tokens) seen[i * vocab + static_cast<size_t>(token)] = 1;
-  }
+  std::vector<Tokens> out(static_cast<size_t>(impl.active));
+  for (Tokens& tokens : out) tokens.reserve(static_cast<size_t>(max_new_tokens));
   const auto stops = [&](int32_t token) {
     const Tokens& ids = sampling.stop_token_ids;
     return std::find(ids.begin(), ids.end(), token) != ids.end();
   };
+  std::vector<int64_t> live = impl.everyone;
+  Tokens drawn;
+  impl.backend->begin(sampling, impl.last_tokens());
+  struct End {  // also after an exception
+    Impl& impl;
+    ~End() { impl.backend->end(impl.last_tokens()); }
+  } end{impl};
   bool wanted = true;
+  int64_t expected = 0;
   for (int64_t n = 0; n < max_new_tokens && wanted && !live.empty(); ++n) {
+    impl.aim(live);
+    if (expected == 0) {
+      expected = impl.until_slide(max_new_tokens - n);
+      impl.backend->expect(expected);
+    }
+    if (expected > 0) --expected;
+    impl.backend->draw(impl.spans, drawn);
     for (size_t row = 0; row < live.size(); ++row) {
-      const size_t i = static_cast<size_t>(live[row]);
-      uint8_t* flags = seen.empty() ? nullptr : seen.data() + i * vocab;
-      drawn[row] = impl.backend->sample(live[row], sampling, flags,
-                                        static_cast<int64_t>(impl.sequences[i].tokens.size()));
-      if (flags) flags[drawn[row]] = 1;
-      out[i].push_back(drawn[row]);
+      out[static_cast<size_t>(live[row])].push_back(drawn[row]);
       // Delivered before it is pushed: nobody waits for a slide to see what was drawn before it.
       if (sink && !sink(live[row], drawn[row])) wanted = false;
     }
-    impl.push(live, drawn, progress);
+    impl.push(progress);
     size_t kept = 0;
     for (size_t row = 0; row < live.size(); ++row) {
       if (!stops(drawn[row])) live[kept++] = live[row];
@@ -276,12 +313,16 @@ const float* Engine::logits() const {
   return impl_->backend->logits();
 }
 
+void Engine::copy_logits(float* to) const {
+  impl_->check_ready("copy_logits");
+  impl_->backend->copy_logits(to, impl_->active);
+}
+
 EngineStats Engine::stats() const {
   EngineStats stats = impl_->stats;
   stats.cache_bytes = impl_->plan.cache_bytes();
   for (int64_t i = 0; i < impl_->active; ++i) {
-    const Impl::Sequence& sequence = impl_->sequences[static_cast<size_t>(i)];
-    const int64_t held = static_cast<int64_t>(sequence.tokens.size());
+    const int64_t held = impl_->sequences[static_cast<size_t>(i)].length;
     const int64_t history = impl_->config.history_at(held - 1);
     stats.history_length.push_back(history);
     stats.window_fill.push_back(held - history);

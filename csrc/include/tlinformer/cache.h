@@ -13,7 +13,8 @@ struct CachePlanOptions {
   int64_t max_context = 0;  // tokens a sequence may hold: prompt and generated together
   int64_t batch_size = 1;   // sequences
   DType dtype = DType::float32;
-  int64_t memory_limit = 0;  // bytes the plan must fit in; 0: unlimited
+  int64_t memory_limit = 0;     // bytes the plan must fit in; 0: unlimited
+  Device device = Device::cpu;  // where the arena and the weights lie
 };
 
 // One tensor of the arena, (batch_size, ...) contiguous. Key/value regions hold keys, then values.
@@ -44,6 +45,7 @@ class CachePlan {
 
  private:
   void add(const std::string& name, int block, int layer, int64_t rows, int64_t bytes);
+  void check_limit(const Config& config) const;
 
   CachePlanOptions options_;
   std::vector<Region> regions_;

@@ -12,6 +12,8 @@ int64_t size_of(DType dtype);
 const char* name_of(DType dtype);
 DType dtype_from_name(const std::string& name);
 
+enum class Device { cpu, cuda };
+
 enum class Variant { tlinformer, tconstformer };
 
 struct Config {

@@ -19,7 +19,8 @@ struct Arena {  // caller-owned memory of at least CachePlan::total_bytes()
 };
 
 struct EngineOptions {
-  int num_threads = 0;  // of the CPU backend; 0: as many as OpenMP gives
+  int num_threads = 0;     // of the CPU backend; 0: as many as OpenMP gives
+  void* stream = nullptr;  // of the CUDA backend: the cudaStream_t that all work goes to
 };
 
 struct EngineStats {
@@ -60,9 +61,11 @@ class Engine {
   std::vector<Tokens> generate(int64_t max_new_tokens, const SamplingParams& sampling,
                                const TokenSink& sink = {}, const Progress& progress = {});
 
-  // Float32 logits of the token after the last one, (active sequences, V); valid until the next
-  // call that changes the engine. Requires a prefill.
+  // Float32 logits of the token after the last one, (active sequences, V), in the memory of the
+  // engine's device and in the order of its stream; valid until the next call that changes the
+  // engine. copy_logits copies them to memory of the same device. Both require a prefill.
   const float* logits() const;
+  void copy_logits(float* to) const;
 
   int64_t sequences() const;  // of the last prefill; 0 when empty
   EngineStats stats() const;
