@@ -3,14 +3,12 @@
 // the golden vectors from Python.)
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <new>
-#include <random>
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
+#include "random_model.h"
 #include "tlinformer/engine.h"
 
 using namespace tlinformer;
@@ -25,52 +23,6 @@ void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
-
-// A model with random weights of either dtype, owning their memory.
-struct Model {
-  Config config;
-  Weights weights;
-  std::vector<std::vector<char>> storage;
-  std::mt19937 generator{7};
-
-  const void* tensor(int64_t n, float scale, float shift = 0) {
-    std::normal_distribution<float> draw(shift, scale);
-    std::vector<float> values(static_cast<size_t>(n));
-    for (float& value : values) value = draw(generator);
-    storage.emplace_back(static_cast<size_t>(n * size_of(weights.dtype)));
-    if (weights.dtype == DType::float32) {
-      std::memcpy(storage.back().data(), values.data(), storage.back().size());
-    } else {
-      cpu::kernels().b16.narrow(values.data(), n,
-                                reinterpret_cast<cpu::bf16*>(storage.back().data()));
-    }
-    return storage.back().data();
-  }
-
-  Model(const Config& c, DType dtype) : config(c) {
-    weights.dtype = dtype;
-    const int64_t d = c.hidden_size, f = c.intermediate_size, qkv = c.query_dim() + 2 * c.kv_dim();
-    const float in = 1 / std::sqrt(float(d));
-    weights.embed_tokens = tensor(c.vocab_size * d, 1);
-    weights.norm_weight = tensor(d, 0.2f, 1);
-    weights.norm_bias = tensor(d, 0.2f);
-    for (int64_t i = 0; i < c.num_layers(); ++i) {
-      LayerWeights layer;
-      layer.attn_norm_weight = tensor(d, 0.2f, 1);
-      layer.attn_norm_bias = tensor(d, 0.2f);
-      layer.qkv_proj_weight = tensor(qkv * d, in);
-      layer.qkv_proj_bias = tensor(qkv, 0.2f);
-      layer.out_proj_weight = tensor(d * d, in);
-      layer.out_proj_bias = tensor(d, 0.2f);
-      layer.mlp_norm_weight = tensor(d, 0.2f, 1);
-      layer.mlp_norm_bias = tensor(d, 0.2f);
-      layer.gate_proj_weight = tensor(f * d, in);
-      layer.up_proj_weight = tensor(f * d, in);
-      layer.down_proj_weight = tensor(d * f, 1 / std::sqrt(float(f)));
-      weights.layers.push_back(layer);
-    }
-  }
-};
 
 Config small_config() {
   Config c;
@@ -95,7 +47,7 @@ struct Owned {
     const auto at = reinterpret_cast<uintptr_t>(memory.data());
     return memory.data() + (64 - at % 64) % 64;
   }
-  Owned(const Model& model, int64_t max_context, int64_t batch, int threads)
+  Owned(const RandomModel& model, int64_t max_context, int64_t batch, int threads)
       : plan(CachePlan::make(model.config, {max_context, batch, model.weights.dtype})),
         memory(static_cast<size_t>(plan.total_bytes()) + 64, char(0xff)),
         engine(model.config, model.weights, plan, {aligned(memory), plan.total_bytes()},
@@ -119,7 +71,7 @@ void check_same(const std::vector<float>& a, const std::vector<float>& b, double
 }
 
 void test_every_cut(const Config& config, DType dtype, int threads, double tolerance) {
-  const Model model(config, dtype);
+  const RandomModel model(config, dtype);
   const Tokens tokens = tokens_of(23, config);
   std::vector<std::vector<float>> uncached;
   for (size_t length = 1; length <= tokens.size(); ++length) {
@@ -138,7 +90,7 @@ void test_every_cut(const Config& config, DType dtype, int threads, double toler
 }
 
 void test_batch(const Config& config) {
-  const Model model(config, DType::float32);
+  const RandomModel model(config, DType::float32);
   const std::vector<Tokens> prompts{tokens_of(3, config), tokens_of(14, config),
                                     tokens_of(8, config)};
   Owned batch(model, 40, 3, 2);
@@ -155,7 +107,7 @@ void test_batch(const Config& config) {
 }
 
 void test_interruption(const Config& config) {
-  const Model model(config, DType::float32);
+  const RandomModel model(config, DType::float32);
   const Tokens tokens = tokens_of(16, config);  // the 17th token slides
   Owned whole(model, 40, 1, 1), cut(model, 40, 1, 1);
   whole.engine.prefill({tokens});
@@ -180,7 +132,7 @@ void test_interruption(const Config& config) {
 }
 
 void test_interrupted_batch(const Config& config) {
-  const Model model(config, DType::float32);
+  const RandomModel model(config, DType::float32);
   Owned owned(model, 40, 2, 1);
   const std::vector<Tokens> prompts{tokens_of(16, config), tokens_of(8, config)};
   owned.engine.prefill(prompts);
@@ -202,7 +154,7 @@ void test_interrupted_batch(const Config& config) {
 }
 
 void test_hits_allocate_nothing(const Config& config) {
-  const Model model(config, DType::bfloat16);
+  const RandomModel model(config, DType::bfloat16);
   Owned owned(model, 40, 2, 2);
   owned.engine.prefill({tokens_of(16, config), tokens_of(13, config)});
   owned.engine.step({1, 2});  // a slide and a hit
@@ -214,7 +166,7 @@ void test_hits_allocate_nothing(const Config& config) {
 }
 
 void test_errors(const Config& config) {
-  const Model model(config, DType::float32);
+  const RandomModel model(config, DType::float32);
   Owned owned(model, 10, 2, 1);
   Engine& engine = owned.engine;
   check_throws<InvalidArgument>("empty", [&] { engine.prefill({Tokens{}}); });

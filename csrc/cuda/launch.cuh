@@ -1,0 +1,72 @@
+// Launching kernels: checked, on a stream, optionally before the previous kernel has ended.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "tlinformer/error.h"
+
+namespace tlinformer::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a failed launch must not fail the next call too
+  throw Error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+struct Launch {
+  cudaStream_t stream = nullptr;
+  // Programmatic dependent launch: the kernel may start while its predecessor still runs, and
+  // must call wait_for_previous() in every thread before it touches what the token changes.
+  bool early = false;
+};
+
+// Threads of every block call this before they read or write anything that an earlier kernel of
+// the same token writes or reads: it returns once all earlier kernels have ended. Weights, and
+// cached rows of earlier tokens, may be read before it. No block may end without calling it.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks start as soon as every block of this one has said so or ended.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, dim3 grid,
+            dim3 block, size_t shared_bytes, Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = how.stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = how.early ? 1 : 0;
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  }
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+// Of the current device; asked once.
+inline int multiprocessors() {
+  static const int count = [] {
+    int device = 0, n = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device),
+          "cudaDeviceGetAttribute");
+    return n;
+  }();
+  return count;
+}
+
+}  // namespace tlinformer::cuda

@@ -1,0 +1,191 @@
+#include <cmath>
+
+#include "many_rows.h"
+#include "rows/rows.h"
+
+namespace tlinformer::cuda {
+namespace {
+
+// A dense (rows, heads, d) activation as heads of one sequence.
+HeadTensor activation(void* data, int64_t heads, int64_t d) { return {data, 0, d, heads * d}; }
+
+}  // namespace
+
+ManyRows::ManyRows(const Model& model, const Workspace& workspace, char* base, cudaStream_t stream)
+    : m_(model),
+      w_(workspace),
+      base_(base),
+      how_{stream, false},
+      dense_(model.dtype, base + workspace.dense, Dense::workspace_bytes()) {
+  // cuBLASLt adds a bias of the output's type, which is float32 where a residual is added to.
+  float* to = reinterpret_cast<float*>(base_ + w_.biases);
+  for (const LayerWeights& layer : m_.weights.layers) {
+    widen(m_.dtype, layer.out_proj_bias, to, m_.c.hidden_size, how_);
+    to += m_.c.hidden_size;
+  }
+}
+
+const float* ManyRows::run(const Stage& stage, const Span& span) {
+  rows_ = span.rows;
+  tokens_ = nullptr;
+  float* const own =
+      reinterpret_cast<float*>(base_ + (stage.scope == Scope::window       ? w_.window
+                                        : stage.scope == Scope::compressed ? w_.compressed
+                                                                           : w_.history));
+  x_ = own;
+  // Only models of three blocks or more store the history's stream between two of them.
+  const Region* region = m_.plan.find("stream");
+  float* const stream =
+      region ? reinterpret_cast<float*>(m_.arena + region->offset) + span.begin * m_.c.hidden_size
+             : nullptr;
+  for (const Verb& verb : stage.verbs) {
+    switch (verb.kind) {
+      case Verb::Kind::embed:
+        tokens_ = reinterpret_cast<const int32_t*>(base_ + w_.tokens) +
+                  span.sequence * m_.plan.options().max_context + span.begin;
+        break;
+      case Verb::Kind::load:
+        x_ = stream;  // changed in place: a slide that is interrupted starts again from the tokens
+        break;
+      case Verb::Kind::store:
+        if (x_ == stream) break;
+        check(cudaMemcpyAsync(stream, x_, static_cast<size_t>(rows_ * m_.c.hidden_size) * 4,
+                              cudaMemcpyDeviceToDevice, how_.stream),
+              "copy of the history stream");
+        break;
+      case Verb::Kind::keep:
+        keep(span);
+        break;
+      case Verb::Kind::project:
+        project(verb, span);
+        break;
+      case Verb::Kind::attend:
+        attend(verb, span);
+        break;
+      case Verb::Kind::finish:
+        finish(verb);
+        break;
+      case Verb::Kind::head:
+        break;
+    }
+  }
+  return x_ + (rows_ - 1) * m_.c.hidden_size;
+}
+
+void ManyRows::norm(const Norm& norm) {
+  NormRows n;
+  n.dtype = m_.dtype;
+  n.rows = rows_;
+  n.hidden_size = m_.hidden();
+  n.tokens = tokens_;
+  n.embed = m_.weights.embed_tokens;
+  n.x = x_;
+  n.norm = &norm;
+  n.normed = base_ + w_.normed;
+  norm_rows(n, how_);
+  tokens_ = nullptr;
+}
+
+void ManyRows::project(const Verb& verb, const Span& span) {
+  const LayerWeights& layer = m_.layer(verb);
+  norm(m_.norm(layer.attn_norm_weight, layer.attn_norm_bias));
+  const int64_t dq = m_.c.query_dim(), inputs = m_.c.hidden_size;
+  const int64_t begin = verb.queries ? 0 : dq;
+  const int64_t columns = (verb.keys_values ? dq + 2 * m_.c.kv_dim() : dq) - begin;
+  dense_.product(base_ + w_.normed, rows_,
+                 static_cast<const char*>(layer.qkv_proj_weight) + begin * inputs * m_.element(),
+                 static_cast<const char*>(layer.qkv_proj_bias) + begin * m_.element(), columns,
+                 inputs, base_ + w_.wide, columns, how_);
+  RotateRows r;
+  r.dtype = m_.dtype;
+  r.rows = rows_;
+  r.begin = span.begin;
+  r.query_heads = m_.heads();
+  r.kv_heads = m_.kv_heads();
+  r.head_dim = m_.head_dim();
+  r.rope = m_.rope;
+  r.lines = base_ + w_.wide;
+  if (verb.queries) r.query = base_ + w_.query;
+  if (verb.keys_values) {
+    const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
+    const KeyGroup group = keys(*verb.keys_values, verb, span);
+    // Row 0 of the head, whatever the first row that attention reads.
+    const int64_t skipped = slots.first * m_.c.head_dim() * m_.element();
+    r.keys = static_cast<char*>(group.keys.data) - skipped;
+    r.values = static_cast<char*>(group.values.data) - skipped;
+    r.head_stride = group.keys.head_stride;
+    r.slot = span.begin - slots.base;
+  }
+  rotate_rows(r, how_);
+}
+
+KeyGroup ManyRows::keys(Cache cache, const Verb& verb, const Span& span) const {
+  const Slots slots = slots_of(m_.plan, cache, verb.block, verb.layer, span);
+  const CachedRows rows = m_.rows(cache, verb);
+  const int64_t d = m_.c.head_dim();
+  const int64_t skip = (span.sequence * rows.sequence_stride + slots.first * d) * m_.element();
+  const auto tensor = [&](const void* data) -> HeadTensor {
+    char* at = const_cast<char*>(static_cast<const char*>(data)) + skip;
+    return {at, rows.sequence_stride, rows.head_stride, d};
+  };
+  KeyGroup group;
+  group.keys = tensor(rows.keys);
+  group.values = tensor(rows.values);
+  group.count = slots.count;
+  group.causal = cache == Cache::window;
+  group.offset = group.causal ? span.begin - span.history : 0;
+  return group;
+}
+
+void ManyRows::attend(const Verb& verb, const Span& span) {
+  PrefillAttention a;
+  a.dtype = m_.dtype;
+  a.rows = rows_;
+  a.query_heads = m_.heads();
+  a.kv_heads = m_.kv_heads();
+  a.head_dim = m_.head_dim();
+  a.scale = 1 / std::sqrt(static_cast<float>(m_.head_dim()));
+  a.query = activation(base_ + w_.query, m_.c.num_attention_heads, m_.c.head_dim());
+  a.output = activation(base_ + w_.output, m_.c.num_attention_heads, m_.c.head_dim());
+  int groups = 0;
+  if (verb.causal) a.groups[groups++] = keys(Cache::window, verb, span);
+  if (verb.context && keys_read(verb, span) > 0) {
+    a.groups[groups++] = keys(*verb.context, verb, span);
+  }
+  if (prefill_attention_scratch(1, rows_, m_.heads(), m_.head_dim()) <= w_.attention_bytes) {
+    a.scratch = base_ + w_.attention;
+    a.scratch_bytes = w_.attention_bytes;
+  }
+  prefill_attention(a, how_);
+}
+
+void ManyRows::finish(const Verb& verb) {
+  const LayerWeights& layer = m_.layer(verb);
+  const int64_t d = m_.c.hidden_size, f = m_.c.intermediate_size;
+  char* gate_up = base_ + w_.wide;
+  char* hidden = base_ + w_.output;
+  const float* bias = reinterpret_cast<const float*>(base_ + w_.biases) +
+                      (verb.block * m_.c.block_depth + verb.layer) * d;
+  dense_.add(base_ + w_.output, rows_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_, how_);
+  norm(m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias));
+  dense_.product(base_ + w_.normed, rows_, layer.gate_proj_weight, nullptr, f, d, gate_up, 2 * f,
+                 how_);
+  dense_.product(base_ + w_.normed, rows_, layer.up_proj_weight, nullptr, f, d,
+                 gate_up + f * m_.element(), 2 * f, how_);
+  silu_rows(m_.dtype, gate_up, hidden, rows_, f, how_);
+  dense_.add(hidden, rows_, layer.down_proj_weight, nullptr, d, f, x_, how_);
+}
+
+void ManyRows::keep(const Span& span) {
+  const int64_t first = span.history - span.compressed;  // position of the stream's row 0
+  const int64_t skip = std::max<int64_t>(0, first - span.begin);
+  if (skip >= span.rows) return;
+  const int64_t d = m_.c.hidden_size;
+  check(cudaMemcpyAsync(
+            reinterpret_cast<float*>(base_ + w_.compressed) + (span.begin + skip - first) * d,
+            x_ + skip * d, static_cast<size_t>((span.rows - skip) * d) * 4,
+            cudaMemcpyDeviceToDevice, how_.stream),
+        "copy of the compressed rows");
+}
+
+}  // namespace tlinformer::cuda

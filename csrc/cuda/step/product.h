@@ -1,0 +1,86 @@
+// The products of a token: few rows (one a sequence) against weight matrices read once.
+#pragma once
+
+#include <cstdint>
+
+#include "../launch.cuh"
+#include "../rope.cuh"
+#include "../state.h"
+#include "tlinformer/config.h"
+
+namespace tlinformer::cuda {
+
+struct Norm {  // of dtype, (D) each
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  float epsilon = 1e-5f;
+};
+
+// Where a layer's new keys and values go: (sequences, Hkv, rows capacity, d).
+struct NewRows {
+  void* keys = nullptr;
+  void* values = nullptr;
+  int64_t sequence_stride = 0, head_stride = 0;  // in elements
+  bool follows_history = false;  // the row's slot is state.last, else state.last - state.history
+};
+
+// Matrices are (outputs, inputs) row-major of dtype; the rows of x, query, hidden ... are
+// sequences 0 ... batch - 1. Sequences that are not live keep what they had.
+struct StepRows {
+  DType dtype = DType::bfloat16;
+  int batch = 1;
+  const SequenceState* state = nullptr;
+};
+
+// query, keys, values <- split(qkv norm(x) + bias); rotated, keys and values into the cache.
+struct ProjectStep : StepRows {
+  const float* x = nullptr;  // (batch, D)
+  int hidden_size = 0;
+  Norm norm{};
+  const void* weight = nullptr;  // ((Hq + 2 Hkv) d, D)
+  const void* bias = nullptr;
+  int query_heads = 0, kv_heads = 0, head_dim = 0;
+  Rope rope{};
+  float* query = nullptr;  // (batch, Hq d), rotated, times log2(e) / sqrt(d)
+  NewRows new_rows{};
+};
+void project_step(const ProjectStep& p, const Launch& how);
+
+// x <- x + input weight^T + bias (bias may be null).
+struct AddStep : StepRows {
+  const void* input = nullptr;   // (batch, inputs) of dtype
+  const void* weight = nullptr;  // (outputs, inputs)
+  const void* bias = nullptr;
+  int inputs = 0, outputs = 0;
+  float* x = nullptr;  // (batch, outputs)
+};
+void add_step(const AddStep& p, const Launch& how);
+
+// hidden <- silu(gate norm(x)) * (up norm(x)).
+struct GateStep : StepRows {
+  const float* x = nullptr;  // (batch, D)
+  int hidden_size = 0, intermediate_size = 0;
+  Norm norm{};
+  const void* gate = nullptr;  // (F, D)
+  const void* up = nullptr;    // (F, D)
+  void* hidden = nullptr;      // (batch, F) of dtype
+};
+void gate_step(const GateStep& p, const Launch& how);
+
+// logits <- embed norm(x), and each block's likeliest token of each row.
+struct Candidate {
+  float logit;    // NaN if any logit of the block is NaN
+  int32_t token;  // the lowest id among equals
+};
+struct HeadStep : StepRows {
+  const float* x = nullptr;
+  int hidden_size = 0, vocab_size = 0;
+  Norm norm{};
+  const void* embed = nullptr;      // (V, D)
+  float* logits = nullptr;          // (batch, V)
+  Candidate* candidates = nullptr;  // (batch, head_candidates())
+};
+int head_candidates(int vocab_size);  // candidates of a row
+void head_step(const HeadStep& p, const Launch& how);
+
+}  // namespace tlinformer::cuda

@@ -1,0 +1,162 @@
+#include "step.h"
+
+namespace tlinformer::cuda {
+
+Step::Step(const Model& model, const Workspace& workspace, char* base, cudaStream_t stream)
+    : m_(model), w_(workspace), base_(base), window_(window_program(model.c)) {
+  sample_.dtype = m_.dtype;
+  sample_.batch = static_cast<int>(m_.plan.options().batch_size);
+  sample_.vocab_size = m_.vocab();
+  sample_.hidden_size = m_.hidden();
+  sample_.sampling = at<const DeviceSampling>(w_.sampling);
+  sample_.logits = at<const float>(w_.logits);
+  sample_.candidates = at<const Candidate>(w_.candidates);
+  sample_.candidate_count = head_candidates(m_.vocab());
+  sample_.state = at<SequenceState>(w_.state);
+  sample_.seen = at<uint8_t>(w_.seen);
+  sample_.stops = at<const uint8_t>(w_.stops);
+  sample_.tokens = at<int32_t>(w_.tokens);
+  sample_.token_stride = m_.plan.options().max_context;
+  sample_.embed = m_.weights.embed_tokens;
+  sample_.x = at<float>(w_.step_x);
+  sample_.draws = at<int64_t>(w_.draws);
+  sample_.scratch = at<void>(w_.sample);
+  if (!w_.cluster) return;
+  std::vector<ClusterLayer> layers;
+  for (const Verb& verb : window_.verbs) {
+    if (verb.kind != Verb::Kind::project) continue;
+    layers.push_back({m_.layer(verb), new_rows(verb),
+                      verb.layer > 0 ? m_.rows(Cache::context, verb) : CachedRows{}});
+  }
+  const CachePlanOptions& options = m_.plan.options();
+  const int64_t history = m_.c.history_at(options.max_context - 1);
+  cluster_ = std::make_unique<ClusterStep>(
+      m_.c, m_.dtype, layers,
+      ClusterBuffers{sample_.state, sample_.x, at<float>(w_.step_query), at<void>(w_.attended),
+                     at<void>(w_.packed)},
+      std::min(m_.c.generation_window, options.max_context), m_.c.compressed_rows(history), stream);
+}
+
+Step::~Step() = default;
+
+void Step::set_ring(int32_t* ring, int64_t rows) {
+  sample_.ring = ring;
+  sample_.ring_rows = rows;
+}
+
+void Step::sample(const Launch& how) const { sample_step(sample_, how); }
+void Step::feed(const Launch& how) const { feed_step(sample_, how); }
+
+void Step::push(const Launch& first) const {
+  Launch how = first;
+  const auto next = [&how] {
+    const Launch now = how;
+    how.early = true;
+    return now;
+  };
+  int segment = 0;
+  if (cluster_) cluster_->run(segment++, next());
+  for (const Verb& verb : window_.verbs) {
+    const bool wide = !cluster_ || verb.kind == Verb::Kind::head;
+    if (verb.kind == Verb::Kind::project && wide) project(verb, next());
+    if (verb.kind == Verb::Kind::attend && (wide || verb.layer == 0)) attend(verb, next());
+    if (verb.kind == Verb::Kind::finish && wide) finish(verb, next());
+    if (verb.kind == Verb::Kind::finish && !wide && verb.layer == 0) {
+      cluster_->run(segment++, next());
+    }
+    if (verb.kind == Verb::Kind::head) head(next());
+  }
+}
+
+NewRows Step::new_rows(const Verb& verb) const {
+  const CachedRows window = m_.rows(Cache::window, verb);
+  return {const_cast<void*>(window.keys), const_cast<void*>(window.values), window.sequence_stride,
+          window.head_stride, Model::follows_history(Cache::window, verb)};
+}
+
+void Step::project(const Verb& verb, const Launch& how) const {
+  const LayerWeights& layer = m_.layer(verb);
+  auto p = of_rows<ProjectStep>();
+  p.x = at<const float>(w_.step_x);
+  p.hidden_size = m_.hidden();
+  p.norm = m_.norm(layer.attn_norm_weight, layer.attn_norm_bias);
+  p.weight = layer.qkv_proj_weight;
+  p.bias = layer.qkv_proj_bias;
+  p.query_heads = m_.heads();
+  p.kv_heads = m_.kv_heads();
+  p.head_dim = m_.head_dim();
+  p.rope = m_.rope;
+  p.query = at<float>(w_.step_query);
+  p.new_rows = new_rows(verb);
+  project_step(p, how);
+}
+
+void Step::attend(const Verb& verb, const Launch& how) const {
+  DecodeAttention a;
+  a.dtype = m_.dtype;
+  a.batch = static_cast<int>(m_.plan.options().batch_size);
+  a.query_heads = m_.heads();
+  a.kv_heads = m_.kv_heads();
+  a.head_dim = m_.head_dim();
+  a.query = at<const float>(w_.step_query);
+  a.output = at<void>(w_.attended);
+  a.state = at<const SequenceState>(w_.state);
+  if (verb.context) {
+    a.context_rows =
+        *verb.context == Cache::history ? ContextRows::history : ContextRows::compressed;
+    a.context = m_.rows(*verb.context, verb);
+  }
+  a.window = m_.rows(Cache::window, verb);
+  a.window_follows_history = Model::follows_history(Cache::window, verb);
+  const int64_t longest = m_.plan.options().max_context;
+  const int64_t history = m_.c.history_at(longest - 1);
+  a.most_rows = std::min(longest, m_.c.generation_window);
+  if (verb.context) {
+    a.most_rows += *verb.context == Cache::history ? history : m_.c.compressed_rows(history);
+  }
+  a.scratch = at<void>(w_.decode);
+  decode_attention(a, how);
+}
+
+void Step::finish(const Verb& verb, const Launch& how) const {
+  const LayerWeights& layer = m_.layer(verb);
+  const Launch early{how.stream, true};
+  auto out = of_rows<AddStep>();
+  out.input = at<const void>(w_.attended);
+  out.weight = layer.out_proj_weight;
+  out.bias = layer.out_proj_bias;
+  out.inputs = static_cast<int>(m_.c.query_dim());
+  out.outputs = m_.hidden();
+  out.x = at<float>(w_.step_x);
+  add_step(out, how);
+  auto gate = of_rows<GateStep>();
+  gate.x = at<const float>(w_.step_x);
+  gate.hidden_size = m_.hidden();
+  gate.intermediate_size = m_.inner();
+  gate.norm = m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
+  gate.gate = layer.gate_proj_weight;
+  gate.up = layer.up_proj_weight;
+  gate.hidden = at<void>(w_.hidden);
+  gate_step(gate, early);
+  auto down = of_rows<AddStep>();
+  down.input = at<const void>(w_.hidden);
+  down.weight = layer.down_proj_weight;
+  down.inputs = m_.inner();
+  down.outputs = m_.hidden();
+  down.x = at<float>(w_.step_x);
+  add_step(down, early);
+}
+
+void Step::head(const Launch& how) const {
+  auto p = of_rows<HeadStep>();
+  p.x = at<const float>(w_.step_x);
+  p.hidden_size = m_.hidden();
+  p.vocab_size = m_.vocab();
+  p.norm = m_.norm(m_.weights.norm_weight, m_.weights.norm_bias);
+  p.embed = m_.weights.embed_tokens;
+  p.logits = at<float>(w_.logits);
+  p.candidates = at<Candidate>(w_.candidates);
+  head_step(p, how);
+}
+
+}  // namespace tlinformer::cuda
