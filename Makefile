@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/tlinformer-prose-8m
 PROMPT := examples/new-testament.txt.xz
+CUBLAS := nvidia-cublas==13.0.*
 MAKEFLAGS += --no-print-directory
 
-PACKAGE_FILES := setup.py pyproject.toml csrc/sources.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+PACKAGE_FILES := setup.py pyproject.toml csrc/sources.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-python test-cpp lint clean
+.PHONY: help demo install test test-python test-cpp cuda lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,10 +31,22 @@ test-python: $(VENV)/installed $(VENV)/tools
 
 test-cpp: $(VENV)/installed $(VENV)/tools
 	@mkdir -p build
-	@$(BIN)/cmake -S . -B build/cpp -DTLINFORMER_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
+	@$(BIN)/cmake -S . -B build/cpp -DTLINFORMER_SANITIZE=ON -DTLINFORMER_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
 	  'import scipy_openblas32 as b; print(*b.__path__)')" > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build build/cpp -j $(shell nproc)
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+# Ninja keeps the compiler's words about one file together. The log grows by what is compiled anew.
+cuda: $(VENV)/installed $(VENV)/tools build/cublas  ## compile, link and (with a GPU) test the CUDA engine; needs nvcc
+	@command -v nvcc > /dev/null || { echo "make cuda needs nvcc, of CUDA 13.0, on PATH; no GPU"; exit 1; }
+	@mkdir -p build/cuda
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DTLINFORMER_CUDA=ON -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
+	  -DTLINFORMER_CUBLAS="$(abspath build/cublas/nvidia/cu13)" -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
+	  'import scipy_openblas32 as b; print(*b.__path__)')" > build/cmake.log || (cat build/cmake.log; false)
+	@echo "compiling the CUDA sources, which takes some minutes"
+	@$(BIN)/cmake --build build/cuda >> build/cuda/ptxas.log 2>&1 || (grep -v 'ptxas info\|bytes stack frame' build/cuda/ptxas.log | tail -60; false)
+	$(BIN)/python tests/check_spills.py build/cuda/ptxas.log
+	$(BIN)/ctest --test-dir build/cuda --output-on-failure --no-tests=error
 
 lint: $(VENV)/installed $(VENV)/tools  ## check format, style and types
 	$(BIN)/ruff check .
@@ -56,6 +69,9 @@ $(VENV)/python:
 $(VENV)/installed: $(VENV)/python $(PACKAGE_FILES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e .
 	@touch $@
+
+build/cublas:
+	$(BIN)/python -m pip install -q --no-deps --target $@ "$(CUBLAS)"
 
 $(VENV)/tools: pyproject.toml | $(VENV)/installed
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"

@@ -1,10 +1,14 @@
 """Builds tlinformer._C, the one compiled module, from the globs of csrc/sources.txt.
 
 TLINFORMER_CUDA=auto|0|1 (default auto) chooses the CUDA backend: where it can be built, never, or
-else fail. Everything else about the package stands in pyproject.toml.
+else fail. TLINFORMER_CUDA_ARCHS="80;90a" (the default) names the GPU architectures to compile for;
+TLINFORMER_CUDA_LIBRARY=<file.a> links csrc/cuda from a static library compiled elsewhere (CMake's
+libtlinformer.a) instead. Everything else about the package stands in pyproject.toml.
 """
 
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -36,12 +40,40 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for glob in globs for p in (ROOT / "csrc").glob(glob))
 
 
-def cuda_obstacles(cuda_sources: list[str], torch_cuda: str | None, toolkit: str | None) -> str:
+def find_toolkit() -> str | None:
+    """The CUDA toolkit's folder; an nvcc on PATH may be a link or a script far away from it."""
+    for folder in (cpp_extension.CUDA_HOME, "/usr/local/cuda"):
+        if folder and Path(folder, "include/cuda_runtime.h").exists():
+            return folder
+    return None
+
+
+def find_cublas(toolkit: str | None) -> tuple[str, str] | None:
+    """Folder and file name of cuBLASLt: the toolkit's, or that of the wheel that torch brings.
+
+    The name needs no search path at run time: torch has loaded a library of that name by then.
+    """
+    wheels = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (wheels and wheels.submodule_search_locations) or []]
+    folders = [root / name / "lib" for root in roots for name in ("cu13", "cublas")]
+    if toolkit:
+        folders.insert(0, Path(toolkit) / "lib64")
+    found = [file for folder in folders for file in sorted(folder.glob("libcublasLt.so*"))]
+    return (str(found[0].parent), found[0].name) if found else None
+
+
+def cuda_obstacles(
+    cuda_sources: list[str],
+    torch_cuda: str | None,
+    toolkit: str | None,
+    cublas: tuple[str, str] | None,
+) -> str:
     """What stands in the way of a CUDA build, in words; empty when nothing does."""
     checks = {
         "this version has no CUDA sources (csrc/cuda)": cuda_sources,
         "the installed torch is a CPU build": torch_cuda,
         "there is no CUDA toolkit (nvcc on PATH, or CUDA_HOME)": toolkit,
+        "there is no cuBLASLt (in the toolkit, or from pip install nvidia-cublas)": cublas,
     }
     return "; ".join(words for words, found in checks.items() if not found)
 
@@ -76,31 +108,62 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().finalize_options()
 
 
+def gencode(architectures: str) -> list[str]:
+    """nvcc's options for "80;90a"; exits on anything else than such numbers."""
+    names = [name for name in re.split("[;, ]+", architectures) if name]
+    if not names or not all(re.fullmatch(r"\d+[af]?", name) for name in names):
+        raise SystemExit(
+            f"tlinformer: TLINFORMER_CUDA_ARCHS={architectures!r} is not a list such as '80;90a'"
+        )
+    return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+
+
 def extension() -> setuptools.Extension:
-    obstacles = cuda_obstacles(sources("cuda"), torch.version.cuda, cpp_extension.CUDA_HOME)
+    toolkit = find_toolkit()
+    cublas = find_cublas(toolkit)
+    obstacles = cuda_obstacles(sources("cuda"), torch.version.cuda, toolkit, cublas)
     cuda = use_cuda(os.environ.get("TLINFORMER_CUDA", "auto"), obstacles)
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    cpp_extension.CUDA_HOME = toolkit
+    compiled = os.environ.get("TLINFORMER_CUDA_LIBRARY")
     flags = ["-std=c++17", "-O3", "-g0"]
     module = make(
         "tlinformer._C",
-        sources("runtime", "cpu", "python", *(["cuda"] if cuda else [])),
+        sources("runtime", "cpu", "python", *(["cuda"] if cuda and not compiled else [])),
         include_dirs=[str(ROOT / "csrc/include"), str(ROOT / "csrc")],
         library_dirs=[openblas.get_lib_dir()],
         define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the stable ABI of torch 2.10
             ("TLINFORMER_CBLAS_PREFIX", "scipy_"),
             ("TLINFORMER_OPENBLAS", "1"),
+            *([("TLINFORMER_CUDA", "1")] if cuda else []),
         ],
         extra_compile_args={
             "cxx": [*flags, "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"],
-            "nvcc": [*flags[:2], "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [
+                *flags[:2],
+                "-Xcompiler=-fvisibility=hidden",
+                "-Werror=all-warnings",
+                # torch switches the operators of both types off for its own sources.
+                "-U__CUDA_NO_HALF_OPERATORS__",
+                "-U__CUDA_NO_HALF2_OPERATORS__",
+                "-U__CUDA_NO_HALF_CONVERSIONS__",
+                "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+                *gencode(os.environ.get("TLINFORMER_CUDA_ARCHS", "80;90a")),
+            ],
         },
+        extra_objects=[compiled] if cuda and compiled else [],
         extra_link_args=["-fopenmp"],
     )
     # The stable ABI lives in torch_cpu and torch_cuda; the other libraries of torch would tie the
     # module to one version of it.
     stable = [x for x in module.libraries if x in ("torch_cpu", "torch_cuda", "cudart")]
     module.libraries = [openblas.get_library(), *stable]
+    if cuda and cublas:
+        folder, name = cublas
+        module.library_dirs.append(folder)
+        module.libraries.append(f":{name}")
+        wheel = Path(folder).parent / "include"  # the headers, where the toolkit has none
+        module.include_dirs.append(str(wheel))
     return module
 
 

@@ -45,11 +45,28 @@ def test_every_source_file_is_listed_once(build):
 
 
 def test_cuda_obstacles_are_named(build):
-    assert build.cuda_obstacles(["csrc/cuda/backend.cpp"], "13.0", "/opt/cuda") == ""
-    words = build.cuda_obstacles([], None, None)
-    for part in ("no CUDA sources", "torch is a CPU build", "no CUDA toolkit"):
+    cublas = ("/opt/cuda/lib64", "libcublasLt.so")
+    assert build.cuda_obstacles(["csrc/cuda/backend.cpp"], "13.0", "/opt/cuda", cublas) == ""
+    words = build.cuda_obstacles([], None, None, None)
+    for part in ("no CUDA sources", "torch is a CPU build", "no CUDA toolkit", "no cuBLASLt"):
         assert part in words
-    assert build.cuda_obstacles(["a.cu"], "13.0", None).startswith("there is no CUDA toolkit")
+    assert build.cuda_obstacles(["a.cu"], "13.0", None, cublas).startswith("there is no CUDA tool")
+
+
+def test_cublas_is_found_in_the_toolkit(build, tmp_path):
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64/libcublasLt.so.13").touch()
+    assert build.find_cublas(str(tmp_path)) == (str(tmp_path / "lib64"), "libcublasLt.so.13")
+
+
+def test_architectures_become_options_of_nvcc(build):
+    assert build.gencode("80;90a") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+    for wrong in ("", "hopper", "9.0"):
+        with pytest.raises(SystemExit, match=f"TLINFORMER_CUDA_ARCHS='{wrong}' is not a list"):
+            build.gencode(wrong)
 
 
 @pytest.mark.parametrize(("setting", "cuda"), [("auto", True), ("0", False), ("1", True)])
@@ -82,6 +99,26 @@ def test_setup_reads_the_setting_from_the_environment():
     status, output = run("setup.py", "--version", TLINFORMER_CUDA="maybe")
     assert status != 0
     assert output.splitlines()[-1].endswith("'maybe' is not one of auto, 0, 1")
+
+
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3one9tlin_stepEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN3one9tlin_stepEv
+    0 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 376 bytes cmem[0]
+"""
+
+
+def test_unexplained_spills_fail(tmp_path):
+    log = tmp_path / "log"
+    check = ("tests/check_spills.py", str(log))
+    log.write_text(PTXAS.format(stores=4, loads=8))
+    status, output = run(*check)
+    assert status == 1 and "tlin_stepEv (sm_90a): 12 bytes: NOT EXPLAINED" in output
+    log.write_text(PTXAS.format(stores=4, loads=8) + PTXAS.format(stores=0, loads=0))
+    assert run(*check) == (0, "1 kernels, at most 168 registers; 0 spill without explanation\n")
+    log.write_text("ninja: no work to do.\n")
+    assert run(*check)[0] == 1
 
 
 def test_missing_compiler_is_named():

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_config, make_model
+from conftest import Place, make_config, make_model
 from safetensors.torch import load_file, save_file
 
 import tlinformer
@@ -48,7 +48,7 @@ def generate(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]
     """`generate(*arguments)` -> (standard output, standard error) of a run that succeeds."""
 
     def run(*arguments: object) -> tuple[str, str]:
-        code = main(["generate", "--threads", "1", *map(str, arguments)])
+        code = main(["generate", "--threads", "1", "--device", "cpu", *map(str, arguments)])
         out, err = capfd.readouterr()
         assert code == 0, err
         return out, err
@@ -71,14 +71,12 @@ def test_streamed_text_equals_json_text(generate: Generate) -> None:
     assert generate(PROMPT, *options, "--seed", 4)[0] != streamed
 
 
-def test_greedy_text_is_the_engines(generate: Generate) -> None:
-    result = json.loads(
-        generate(
-            *(PROMPT, "--model", SHIPPED, "--max-new-tokens", 16, "--temperature", 0, "--json")
-        )[0]
-    )
+def test_greedy_text_is_the_engines(generate: Generate, place: Place) -> None:
+    options = ("--model", SHIPPED, "--device", place.device, "--temperature", 0, "--json")
+    result = json.loads(generate(PROMPT, *options, "--max-new-tokens", 16)[0])
     tokenizer = load_tokenizer(SHIPPED)
-    engine = Engine(TLinFormerForCausalLM.from_pretrained(SHIPPED), max_context=64, num_threads=1)
+    model = TLinFormerForCausalLM.from_pretrained(SHIPPED, device=place.device)
+    engine = Engine(model, max_context=64, num_threads=1)
     ids = tokenizer.encode(PROMPT).ids
     engine.prefill(torch.tensor([ids]))
     assert result["text"] == tokenizer.decode(engine.generate(16)[0].tolist())
@@ -161,7 +159,7 @@ def test_ctrl_c_while_reading_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("the quick brown fox " * 15000)
     command = [sys.executable, "-m", "tlinformer", "generate", "--model", str(SHIPPED)]
     process = subprocess.Popen(
-        [*command, "--prompt-file", str(tmp_path / "long.txt"), "--max-new-tokens", "5"],
+        [*command, "--prompt-file", str(tmp_path / "long.txt"), "--device", "cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -297,6 +295,8 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("generate x --repetition-penalty 0", "repetition_penalty = 0; positive", 2),
     ("generate x --dtype int8", "dtype is int8; float32, bfloat16", 2),
     ("generate x --threads -1", "num_threads is -1; 4096", 2),
+    ("generate x --device tpu", "device is 'tpu'; name auto, cpu, cuda", 2),
+    ("generate x --device cuda:99", "device is 'cuda:99'; no such GPU", 2),
     ("generate x --model {tmp}/nowhere", "nowhere/config.json is missing; save_pretrained", 2),
     ("generate x --model {model}/config.json", "config.json is a file; name the directory", 2),
     ("generate x --nonsense", "No such option: --nonsense", 2),
@@ -311,6 +311,7 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("plan {model} --context 0", "max_context is 0; 1 to", 2),
     ("plan {model} --batch-size -2", "batch_size is -2; 1 to", 2),
     ("plan {model} --dtype int4", "dtype is int4; float32, bfloat16", 2),
+    ("plan {model} --device tpu", "device is tpu; cpu and cuda", 2),
 ]
 
 

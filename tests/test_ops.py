@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from conftest import CUDA_HEAD_SIZES
 from torch.nn.functional import scaled_dot_product_attention
 
 from tlinformer.ops import window_attention
@@ -23,6 +24,14 @@ SHAPES = [
     (1, 2, 1, 0, 3, 4),
 ]
 SMALL = (1, 4, 2, 3, 5, 4)
+# Those with head sizes that every device takes.
+EVERYWHERE = [
+    *[shape for shape in SHAPES if shape[-1] in (36, 64)],
+    (2, 4, 2, 300, 3000, 36),
+    (1, 2, 1, 130, None, 128),
+    (2, 2, 2, 1, 0, 40),
+    (1, 2, 2, 0, 7, 32),
+]
 
 
 def dense(shape):
@@ -58,6 +67,66 @@ def reference(query, key, value, context_key=None, context_value=None, scale=Non
     if context_key is not None:
         output = output + attend(query, context_key, context_value, scale, causal=False)
     return output
+
+
+def moved(tensors, place):
+    """The tensors on the device and in the dtype of `place`; slices stay slices of NaN."""
+    inside = (slice(1, -1),) * 4
+    return [x.to(*place) if x._base is None else x._base.to(*place)[inside] for x in tensors]
+
+
+def tolerance(tensors, exact, scale):
+    """In 16 bits twice the error of eager PyTorch, and a little."""
+    if tensors[0].dtype == torch.float32:
+        return 1e-5
+    eager = reference(*tensors, scale=scale)
+    errors = (eager.double() - exact).abs()
+    return 2 * float(errors.max() if errors.numel() else 0) + 1e-4
+
+
+@pytest.mark.parametrize("make", [dense, poisoned_slice])
+@pytest.mark.parametrize("shape", EVERYWHERE)
+def test_every_place(every_place, shape, make):
+    tensors = moved(inputs(shape, make), every_place)
+    for scale in (None, -0.3, 0.0):
+        exact = reference(*(x.double() for x in tensors), scale=scale)
+        ours = window_attention(*tensors, scale=scale)
+        assert ours.dtype == every_place.dtype
+        assert ours.device == tensors[0].device
+        assert ours.is_contiguous()
+        atol = tolerance(tensors, exact, scale)
+        torch.testing.assert_close(ours.double(), exact, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", CUDA_HEAD_SIZES)
+def test_cuda_takes_any_strides(gpu, d, dtype):
+    tensors = moved(inputs((2, 4, 2, 37, 150, d)), (gpu.device, dtype))
+    expected = window_attention(*tensors)
+    for swap in ((1, 2), (0, 2), (2, 3), (0, 3)):
+        strided = [x.transpose(*swap).contiguous().transpose(*swap) for x in tensors]
+        assert torch.equal(window_attention(*strided), expected)
+    flat = [torch.cat([x.new_zeros(1), x.flatten()]) for x in tensors]
+    shifted = [x[1:].view(y.shape) for x, y in zip(flat, tensors, strict=True)]
+    assert torch.equal(window_attention(*shifted), expected)
+    shared = tensors[1][:, :, :1].expand_as(tensors[1])
+    same = window_attention(tensors[0], shared.contiguous(), *tensors[2:])
+    assert torch.equal(window_attention(tensors[0], shared, *tensors[2:]), same)
+
+
+def test_cuda_follows_the_current_stream(gpu):
+    tensors = moved(inputs(SHAPES[0]), gpu)
+    expected = window_attention(*tensors)
+    zeros = [torch.zeros_like(x) for x in tensors]
+    stream = torch.cuda.Stream(gpu.device)
+    stream.wait_stream(torch.cuda.current_stream(gpu.device))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for to, x in zip(zeros, tensors, strict=True):
+            to.copy_(x)
+        ours = window_attention(*zeros)
+    stream.synchronize()
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("make", [dense, poisoned_slice])
@@ -138,6 +207,13 @@ def test_opcheck(shape):
         torch.library.opcheck(op, (*tensors, *[None] * (5 - len(tensors)), 0.5))
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], (1, 2, 2, 33, None, 64)])
+def test_opcheck_on_cuda(gpu, shape):
+    op = torch.ops.tlinformer.window_attention.default
+    tensors = [x.requires_grad_() for x in moved(inputs(shape), gpu)]
+    torch.library.opcheck(op, (*tensors, *[None] * (5 - len(tensors)), 0.5))
+
+
 @pytest.mark.parametrize("shape", [SMALL, (2, 2, 2, 3, None, 2), (1, 2, 1, 1, 1, 2)])
 def test_gradients(shape):
     tensors = [x.requires_grad_() for x in inputs(shape)]
@@ -145,13 +221,13 @@ def test_gradients(shape):
     assert torch.autograd.gradgradcheck(window_attention, tensors, fast_mode=True)
 
 
-def test_gradients_keep_the_dtype():
-    tensors = [x.bfloat16().requires_grad_() for x in inputs(SMALL)]
+def test_gradients_keep_the_dtype(every_place):
+    tensors = [x.requires_grad_() for x in moved(inputs((1, 4, 2, 3, 5, 36)), every_place)]
     window_attention(*tensors).sum().backward()
     exact = [x.detach().double().requires_grad_() for x in tensors]
     reference(*exact).sum().backward()
     for ours, expected in zip(tensors, exact, strict=True):
-        assert ours.grad.dtype == torch.bfloat16
+        assert ours.grad.dtype == every_place.dtype
         torch.testing.assert_close(ours.grad.double(), expected.grad, atol=2e-2, rtol=2e-2)
 
 
@@ -207,3 +283,14 @@ def test_unsupported_dtypes_and_devices_are_errors():
     sparse = {name: x.to_sparse() for name, x in replaced().items()}
     with pytest.raises(NotImplementedError, match="window_attention"):
         window_attention(**sparse)
+
+
+def test_cuda_errors(gpu):
+    query, *rest = moved(inputs(SHAPES[0]), gpu)
+    with pytest.raises(ValueError, match=r"query is Float, must be BFloat16 or Half on CUDA"):
+        window_attention(*(x.float() for x in (query, *rest)))
+    with pytest.raises(ValueError, match=r"head size on CUDA must be one of 32 36 40 48 64 80 96"):
+        window_attention(*moved(inputs(SMALL), gpu))
+    for tensors in ((query.cpu(), *rest), (query, rest[0].cpu(), *rest[1:])):
+        with pytest.raises(ValueError, match=r"key and query are on different devices"):
+            window_attention(*tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,14 @@ import torch
 from tlinformer import _C
 from tlinformer.config import TLinFormerConfig
 from tlinformer.model import TLinFormerForCausalLM
-from tlinformer.plan import DTYPES, available_memory, check_integer, dtype_name, plan_cache
+from tlinformer.plan import (
+    DTYPES,
+    available_memory,
+    check_integer,
+    device_type,
+    dtype_name,
+    plan_cache,
+)
 
 TokenBatch = torch.Tensor | Sequence[torch.Tensor]
 
@@ -95,19 +103,65 @@ def _tensor(token_ids: Any, call: str) -> torch.Tensor:
         raise ValueError(f"{call} got {token_ids!r}, which are no token ids: {error}") from None
 
 
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it is a slice that vector loads cannot begin at."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def _engine_dtype(own: torch.dtype, dtype: torch.dtype | str | None, device: str) -> str:
+    """The name of `dtype`, or of the model's own if None; ValueError where the device has none."""
+    if dtype is None and device == "cuda" and own == torch.float32:
+        return "bfloat16"
+    name = dtype_name(own if dtype is None else dtype)
+    if name == ("float16" if device == "cpu" else "float32"):
+        allowed, place = "float32 or bfloat16", "the CPU"
+        if device == "cuda":
+            allowed, place = "bfloat16 or float16", "CUDA"
+        raise ValueError(f"dtype is {name}; on {place} it must be {allowed}")
+    return name
+
+
+def _device_of(model: TLinFormerForCausalLM) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the model lies on {names}; an engine runs on one device: model.to() one")
+    device = devices.pop()
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"the model is on {device}; the engine runs on cpu and cuda: model.to('cpu') first"
+        )
+    if device.type == "cuda" and not _C.has_cuda:
+        raise ValueError(
+            f"the model is on {device}, but this tlinformer was built without its CUDA engine: "
+            "model.to('cpu') first, or build it where torch and a CUDA toolkit support CUDA: "
+            "TLINFORMER_CUDA=1 pip install --no-build-isolation ."
+        )
+    return device
+
+
 class Engine:
     """Generates with a static cache; every call works on all sequences of the batch.
 
     The engine borrows the model's weights (it converts a copy if `dtype` differs from theirs):
     do not train the model while an engine uses it. One engine serves one thread at a time.
 
+    On CUDA all work goes to the stream that is current when the engine is made; logits are ready
+    for the stream that is current when a call returns. Token ids come back on the CPU.
+
     Args:
-        model: where the weights come from; on the CPU.
+        model: where the weights come from; the engine runs on its device, the CPU or a GPU.
         max_context: tokens a sequence may hold, prompt and generated together.
         batch_size: the most sequences.
-        dtype: of weights and cache, float32 or bfloat16 (half the bytes, so faster); the model's
-            own by default. Activations and logits are float32.
-        num_threads: of the CPU; torch's setting by default.
+        dtype: of weights and cache. On the CPU float32 or bfloat16 (half the bytes, so faster); on
+            CUDA bfloat16 or float16. The model's own by default, but bfloat16 on CUDA if that is
+            float32. Arithmetic and logits are float32 on either.
+        num_threads: of the CPU; torch's setting by default. Without effect on CUDA.
+
+    Attributes:
+        device: where weights, cache and logits lie.
+        plan: every byte of the cache.
+        stats: what the cache did.
 
     Raises:
         ValueError: for a model on another device or options out of range.
@@ -126,43 +180,46 @@ class Engine:
     ) -> None:
         if not isinstance(model, TLinFormerForCausalLM):
             raise ValueError(f"model is {model!r}; it must be a TLinFormerForCausalLM")
-        device = next(model.parameters()).device
-        if device.type != "cpu":
-            raise ValueError(
-                f"the model is on {device}; this build of the engine runs on the CPU: "
-                "model.to('cpu') first"
-            )
         threads = torch.get_num_threads() if num_threads is None else num_threads
         check_integer("num_threads", threads, 0, 4096)
+        self.device = _device_of(model)
         self.config: TLinFormerConfig = model.config
         self.batch_size = batch_size
-        name = dtype_name(next(model.parameters()).dtype if dtype is None else dtype)
-        if name == "float16":
-            raise ValueError("dtype is float16; on the CPU it must be float32 or bfloat16")
+        kind = device_type(self.device)
+        name = _engine_dtype(next(model.parameters()).dtype, dtype, kind)
         self.dtype = DTYPES[name]
-        self.plan = plan_cache(
-            self.config,
-            max_context=max_context,
-            batch_size=batch_size,
-            dtype=name,
-            memory_limit=available_memory(),
-        )
-        self._weights = {
-            key: tensor.detach().to(self.dtype).contiguous()
-            for key, tensor in model.state_dict().items()
-        }
-        # The whole cache, (total_bytes) uint8, laid out as `plan.regions` says.
-        self.arena = torch.empty(self.plan.total_bytes, dtype=torch.uint8, device="cpu")
-        self._compiled = _C.Engine(
-            _C.Config(self.config.to_dict()),
-            name,
-            {key: tensor.data_ptr() for key, tensor in self._weights.items()},
-            self.plan._compiled,
-            self.arena.data_ptr(),
-            self.arena.numel(),
-            threads,
-        )
+        self._stream = torch.cuda.current_stream(self.device) if kind == "cuda" else None
+        with self._on_stream():
+            # The weights come first: the plan may have what they leave.
+            self._weights = {
+                key: _aligned(tensor.detach().to(self.dtype).contiguous())
+                for key, tensor in model.state_dict().items()
+            }
+            self.plan = plan_cache(
+                self.config,
+                max_context=max_context,
+                batch_size=batch_size,
+                dtype=name,
+                memory_limit=available_memory(self.device),
+                device=kind,
+            )
+            # The whole cache, (total_bytes) uint8, laid out as `plan.regions` says.
+            self.arena = torch.empty(self.plan.total_bytes, dtype=torch.uint8, device=self.device)
+            self._compiled = _C.Engine(
+                _C.Config(self.config.to_dict()),
+                name,
+                {key: tensor.data_ptr() for key, tensor in self._weights.items()},
+                self.plan._compiled,
+                self.arena.data_ptr(),
+                self.arena.numel(),
+                threads,
+                self._stream.cuda_stream if self._stream else 0,
+            )
         self._as_list = False
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the engine's GPU and stream the current ones."""
+        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 
     def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
         """The sequences of a batch as contiguous int32 CPU tensors (L)."""
@@ -187,18 +244,22 @@ class Engine:
                 )
         rows = [row.to("cpu", torch.int64) for row in rows]
         for row in rows:
-            bad = row[(row < 0) | (row >= self.config.vocab_size)]
-            if bad.numel():
+            low, high = (int(bound) for bound in row.aminmax()) if row.numel() else (0, 0)
+            if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
-                    f"{call}: token id {int(bad[0])} is outside the vocabulary, 0 to "
+                    f"{call}: token id {low if low < 0 else high} is outside the vocabulary, 0 to "
                     f"{self.config.vocab_size - 1}"
                 )
         return [row.to(torch.int32).contiguous() for row in rows]
 
     def _logits(self, as_list: bool) -> Any:
         shape = (self._compiled.sequences, self.config.vocab_size)
-        logits = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults
-        self._compiled.copy_logits(logits.data_ptr())
+        with self._on_stream():  # dtype and device said, whatever torch's defaults
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+            self._compiled.copy_logits(logits.data_ptr())
+        if self._stream and self._stream != (reader := torch.cuda.current_stream(self.device)):
+            reader.wait_stream(self._stream)
+            logits.record_stream(reader)
         return list(logits) if as_list else logits
 
     def prefill(
@@ -211,7 +272,8 @@ class Engine:
             progress: called with the share done, 0 to 1; returning False interrupts.
 
         Returns:
-            Logits of each prompt's next token: (B, V) float32, or a list of (V) for a list.
+            Logits of each prompt's next token, on the engine's device: (B, V) float32, or a list
+            of (V) for a list.
 
         Raises:
             ValueError: for empty prompts, ids out of range, too many sequences, or a prompt above
@@ -219,7 +281,8 @@ class Engine:
             KeyboardInterrupt: on Ctrl-C; the engine is empty then, and usable.
         """
         ids = self._ids(input_ids, "prefill")
-        self._compiled.prefill([(row.data_ptr(), row.numel()) for row in ids], progress)
+        with self._on_stream():
+            self._compiled.prefill([(row.data_ptr(), row.numel()) for row in ids], progress)
         self._as_list = not isinstance(input_ids, torch.Tensor)
         return self._logits(self._as_list)
 
@@ -230,7 +293,8 @@ class Engine:
             token_ids: (B) integers, or a list of B integers or 1-element tensors.
 
         Returns:
-            Logits of the next token: (B, V) float32, or a list of (V) for a list.
+            Logits of the next token, on the engine's device: (B, V) float32, or a list of (V) for
+            a list.
 
         Raises:
             ValueError: without a prefill, for ids out of range or a full cache; nothing is lost.
@@ -243,7 +307,9 @@ class Engine:
                 f"step got token ids of shape {tuple(ids.shape)}; it takes (B), one token for "
                 "each sequence"
             )
-        self._compiled.step(self._ids(ids, "step")[0].tolist())
+        row = self._ids(ids, "step")[0].tolist()
+        with self._on_stream():
+            self._compiled.step(row)
         return self._logits(not isinstance(token_ids, torch.Tensor))
 
     def generate(
@@ -264,8 +330,8 @@ class Engine:
                 long histories; returning False interrupts.
 
         Returns:
-            The new tokens alone: (B, n) int64, or a list of 1-D tensors if the prompt was a list.
-            In a tensor, a sequence that ended early repeats its stop token.
+            The new tokens alone, on the CPU: (B, n) int64, or a list of 1-D tensors if the prompt
+            was a list. In a tensor, a sequence that ended early repeats its stop token.
 
         Raises:
             ValueError: without a prefill, for bad parameters, or more tokens than `max_context`.
@@ -277,12 +343,13 @@ class Engine:
         if not isinstance(sampling, SamplingParams | None):
             raise ValueError(f"sampling is {sampling!r}; it must be SamplingParams")
         compiled = (sampling or SamplingParams())._compiled()
-        rows = self._compiled.generate(max_new_tokens, compiled, on_token, progress)
+        with self._on_stream():
+            rows = self._compiled.generate(max_new_tokens, compiled, on_token, progress)
         if self._as_list:
-            return [torch.tensor(row, dtype=torch.int64) for row in rows]
+            return [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows]
         longest = max(len(row) for row in rows)
         padded = [row + row[-1:] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64)
+        return torch.tensor(padded, dtype=torch.int64, device="cpu")
 
     @property
     def stats(self) -> EngineStats:
@@ -296,4 +363,5 @@ class Engine:
 
     def reset(self) -> None:
         """Forgets all sequences and counters; keeps the memory."""
-        self._compiled.reset()
+        with self._on_stream():
+            self._compiled.reset()

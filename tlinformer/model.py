@@ -267,7 +267,9 @@ class TLinFormerForCausalLM(CausalLM):
         seed: int = 0,
         stop_token_ids: Sequence[int] = (),
     ) -> Tensor | list[Tensor]:
-        """Prompt and new tokens, through `Engine`, whose static cache makes it fast.
+        """Prompt and new tokens, through `Engine` on the model's device, whose cache makes it fast.
+
+        On CUDA a float32 model generates in bfloat16; for float16 make the model that.
 
         Args:
             input_ids: (B, L) int64, or a list of B 1-D tensors of different lengths.
@@ -275,8 +277,8 @@ class TLinFormerForCausalLM(CausalLM):
             temperature: 0 is greedy. The rest is described at `SamplingParams`.
 
         Returns:
-            (B, L + new) int64, or a list of B 1-D tensors if `input_ids` is a list. In a tensor,
-            a sequence that ended early repeats its stop token.
+            (B, L + new) int64, or a list of B 1-D tensors if `input_ids` is a list, on the device
+            of `input_ids`. In a tensor, a sequence that ended early repeats its stop token.
 
         Raises:
             ValueError: naming the argument, its value and the limit.

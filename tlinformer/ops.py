@@ -21,8 +21,11 @@ def window_attention(
     Positions are not looked at: queries and keys come already rotated.
 
     Args:
-        query: (B, Hq, M, d) float32, float64 or bfloat16, on the CPU. Bfloat16 is computed in
-            float32. Any strides; a strided last dimension costs a copy.
+        query: (B, Hq, M, d). On the CPU float32, float64 or bfloat16, of any head size d; on CUDA
+            bfloat16 or float16, with d one of 32, 36, 40, 48, 64, 80, 96, 128. Those 16 bits are
+            computed in float32; on CUDA the probabilities are rounded to them. Any strides; a
+            strided last dimension costs a copy, as do rows on CUDA that are no multiple of 16 bytes
+            apart (8 bytes for d = 36).
         key, value: (B, Hkv, M, d), same dtype; Hkv divides Hq, and query head h reads key/value
             head h // (Hq / Hkv).
         context_key, context_value: (B, Hkv, N, d), same dtype, or None. N = 0 is like None.
@@ -32,8 +35,10 @@ def window_attention(
         (B, Hq, M, d), contiguous, of the query's dtype. Differentiable in all five tensors.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or only one of the context tensors is given.
-        NotImplementedError: the tensors are not on the CPU.
+        ValueError: shapes, dtypes or devices do not fit, the device has no kernel for the dtype or
+            head size, or only one of the context tensors is given.
+        NotImplementedError: the tensors are on another device, or on CUDA and this build is for the
+            CPU only.
     """
     return torch.ops.tlinformer.window_attention(
         query, key, value, context_key, context_value, scale

@@ -12,6 +12,8 @@ from tlinformer import _C
 from tlinformer.config import TLinFormerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What the kernels' code and the libraries take of a GPU's memory, besides weights and cache.
+CUDA_RESERVE = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ def plan_cache(
     batch_size: int = 1,
     dtype: torch.dtype | str | None = None,
     memory_limit: int = 0,
+    device: torch.device | str = "cpu",
 ) -> CachePlan:
     """Plans an engine's memory, in bytes by region, without allocating any.
 
@@ -77,11 +80,12 @@ def plan_cache(
         config: the model's sizes.
         max_context: tokens a sequence may hold, prompt and generated together.
         batch_size: sequences.
-        dtype: of weights and cache; float32 by default.
+        dtype: of weights and cache; float32 by default, bfloat16 on CUDA.
         memory_limit: bytes the plan must fit in; 0: unlimited.
+        device: "cpu" or "cuda". The latter takes a CUDA build of tlinformer.
 
     Raises:
-        ValueError: for options out of range.
+        ValueError: for options out of range, or sizes that the device's kernels do not take.
         RuntimeError: when the plan exceeds `memory_limit`, naming the longest context that fits.
     """
     check_integer("max_context", max_context, 1, 2**40)
@@ -89,17 +93,32 @@ def plan_cache(
     check_integer("memory_limit", memory_limit, 0, 2**62)
     if not isinstance(config, TLinFormerConfig):
         raise ValueError(f"config is {config!r}; it must be a TLinFormerConfig")
+    cuda = device_type(device) == "cuda"
+    name = dtype_name("bfloat16" if cuda and dtype is None else dtype)
     compiled = _C.Config(config.to_dict())
-    return CachePlan(
-        _C.CachePlan(compiled, max_context, batch_size, dtype_name(dtype), memory_limit)
-    )
+    return CachePlan(_C.CachePlan(compiled, max_context, batch_size, name, memory_limit, cuda))
 
 
-def available_memory() -> int:
+def device_type(device: torch.device | str) -> str:
+    """'cpu' or 'cuda'; ValueError for what is no engine's device."""
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; the engine runs on cpu and cuda")
+    return kind
+
+
+def available_memory(device: torch.device | str = "cpu") -> int:
     """Bytes this process can still take: the machine's, or its control group's if that is less.
 
-    At least 1; 0 where the system does not say.
+    At least 1; 0 where the system does not say, or has no GPU. Of a GPU: what is free, and what
+    torch would free.
     """
+    if device_type(device) == "cuda":
+        if not torch.cuda.is_available():
+            return 0
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(1, free + cached - CUDA_RESERVE)
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -84,7 +84,11 @@ class CudaBackend final : public Backend {
       for (cudaEvent_t& event : events_) {
         check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
       }
-      many_ = std::make_unique<ManyRows>(m_, w_, base_, stream_);
+      check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreate");
+      many_[0] = std::make_unique<ManyRows>(m_, w_, 0, base_, stream_);
+      fork();
+      many_[1] = std::make_unique<ManyRows>(m_, w_, 1, base_, side_);
+      join();
       step_ = std::make_unique<Step>(m_, w_, base_, stream_);
       step_->set_ring(ring_, kRing);
       set_state();
@@ -102,11 +106,13 @@ class CudaBackend final : public Backend {
 
   ~CudaBackend() override {
     cudaStreamSynchronize(stream_);
+    cudaStreamSynchronize(side_);
     release();
   }
 
   void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                     int64_t count) override {
+    join();
     check(cudaMemcpyAsync(tokens_of(sequence) + begin, tokens,
                           static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyHostToDevice,
                           stream_),
@@ -114,14 +120,16 @@ class CudaBackend final : public Backend {
   }
 
   void run(const Stage& stage, const std::vector<Span>& spans, const Poll&) override {
+    if (stage.scope == Scope::history) return piece(stage, spans.front());
+    join();
     const bool tokens =
         stage.scope == Scope::window &&
         std::all_of(spans.begin(), spans.end(), [](const Span& span) { return span.rows == 1; });
     if (tokens) return push(spans);
     for (const Span& span : spans) {
-      const float* last = many_->run(stage, span);
+      const float* last = many_[0]->run(stage, span);
       if (stage.verbs.back().kind == Verb::Kind::head) head(span, last);
-      wait_for_an_earlier_piece();
+      wait_for_an_earlier_piece(stream_);
     }
   }
 
@@ -134,6 +142,7 @@ class CudaBackend final : public Backend {
   }
 
   void begin(const SamplingParams& params, const std::vector<Span>& last) override {
+    join();
     const DeviceSampling sampling{params.temperature,        params.top_p, params.min_p,
                                   params.repetition_penalty, params.top_k, params.seed};
     check(cudaMemcpyAsync(base_ + w_.sampling, &sampling, sizeof sampling, cudaMemcpyHostToDevice,
@@ -217,6 +226,7 @@ class CudaBackend final : public Backend {
 
   // One token of each span through the model.
   void push(const std::vector<Span>& spans) {
+    join();
     if (expected_ > 0) {  // enqueued together with its draw
       --expected_;
       drawn_ = false;
@@ -247,6 +257,28 @@ class CudaBackend final : public Backend {
     push_->launch(stream_);
   }
 
+  // Pieces of a history go through two lanes in turn: where one waits for memory, the other
+  // computes, and neither leaves multiprocessors idle at the end of its kernels.
+  void piece(const Stage& stage, const Span& span) {
+    const int lane = static_cast<int>(piece_ % 2);
+    if (!forked_) fork();
+    many_[lane]->run(stage, span);
+    wait_for_an_earlier_piece(lane == 0 ? stream_ : side_);
+  }
+
+  void fork() {
+    check(cudaEventRecord(meeting_, stream_), "cudaEventRecord");
+    check(cudaStreamWaitEvent(side_, meeting_, 0), "cudaStreamWaitEvent");
+    forked_ = true;
+  }
+
+  void join() {
+    if (!forked_) return;
+    check(cudaEventRecord(meeting_, side_), "cudaEventRecord");
+    check(cudaStreamWaitEvent(stream_, meeting_, 0), "cudaStreamWaitEvent");
+    forked_ = false;
+  }
+
   // The logits of a sequence from the last row of its prompt.
   void head(const Span& span, const float* x) {
     for (SequenceState& state : device_) state.live = 0;
@@ -260,10 +292,10 @@ class CudaBackend final : public Backend {
   }
 
   // Keeps the host a few pieces ahead of the device, so that Ctrl-C and progress mean something.
-  void wait_for_an_earlier_piece() {
+  void wait_for_an_earlier_piece(cudaStream_t stream) {
     cudaEvent_t event = events_[piece_++ % kEvents];
     check(cudaEventSynchronize(event), "a piece of a slide");
-    check(cudaEventRecord(event, stream_), "cudaEventRecord");
+    check(cudaEventRecord(event, stream), "cudaEventRecord");
   }
 
   // The token that the device writes to pinned memory.
@@ -284,10 +316,11 @@ class CudaBackend final : public Backend {
     draw_and_push_.reset();
     push_.reset();
     step_.reset();
-    many_.reset();
+    for (auto& many : many_) many.reset();
     for (cudaEvent_t event : events_) {
       if (event) cudaEventDestroy(event);
     }
+    if (side_) cudaStreamDestroy(side_);
     cudaFreeHost(ring_);
   }
 
@@ -296,10 +329,13 @@ class CudaBackend final : public Backend {
   int64_t batch_;
   const Workspace w_;
   char* base_;
-  std::unique_ptr<ManyRows> many_;
+  std::unique_ptr<ManyRows> many_[2];  // on stream_ and on side_
   std::unique_ptr<Step> step_;
   std::unique_ptr<Graph> push_, draw_and_push_;
-  cudaEvent_t events_[kEvents] = {};
+  cudaEvent_t events_[kEvents + 1] = {};
+  cudaEvent_t& meeting_ = events_[kEvents];  // of the two streams
+  cudaStream_t side_ = nullptr;
+  bool forked_ = false;  // the two streams go their own ways
   uint64_t piece_ = 0;
 
   std::vector<SequenceState> device_;  // what the device's states are once all is done

@@ -57,11 +57,11 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
-// Of the current device; asked once.
+// Of the current device; asked once. Without one a plan can still be made, as for an H200.
 inline int multiprocessors() {
   static const int count = [] {
     int device = 0, n = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
+    if (cudaGetDevice(&device) != cudaSuccess) return 132;
     check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
     return n;

@@ -11,12 +11,19 @@ HeadTensor activation(void* data, int64_t heads, int64_t d) { return {data, 0, d
 
 }  // namespace
 
-ManyRows::ManyRows(const Model& model, const Workspace& workspace, char* base, cudaStream_t stream)
+ManyRows::ManyRows(const Model& model, const Workspace& workspace, int lane, char* base,
+                   cudaStream_t stream)
     : m_(model),
       w_(workspace),
+      lane_(workspace.lanes[lane]),
       base_(base),
       how_{stream, false},
-      dense_(model.dtype, base + workspace.dense, Dense::workspace_bytes()) {
+      dense_(model.dtype, base + workspace.lanes[lane].dense, Dense::workspace_bytes()) {
+  if (lane == 0) widen_biases();
+  prepare();
+}
+
+void ManyRows::widen_biases() {
   // cuBLASLt adds a bias of the output's type, which is float32 where a residual is added to.
   float* to = reinterpret_cast<float*>(base_ + w_.biases);
   for (const LayerWeights& layer : m_.weights.layers) {
@@ -25,14 +32,34 @@ ManyRows::ManyRows(const Model& model, const Workspace& workspace, char* base, c
   }
 }
 
+// cuBLASLt takes milliseconds when it first meets a shape; after this none is new.
+void ManyRows::prepare() {
+  const LayerWeights& layer = m_.weights.layers.front();
+  const int64_t d = m_.c.hidden_size, dq = m_.c.query_dim(), dkv = m_.c.kv_dim();
+  const int64_t f = m_.c.intermediate_size;
+  const char* input = base_ + lane_.normed;
+  float* x = reinterpret_cast<float*>(base_ + lane_.history);
+  char* wide = base_ + lane_.wide;
+  for (int64_t rows = 64; rows <= lane_.rows; rows = padded_rows(rows + 1)) {
+    for (int64_t columns : {dq, 2 * dkv, dq + 2 * dkv}) {
+      dense_.product(input, rows, layer.qkv_proj_weight, layer.qkv_proj_bias, columns, d, wide,
+                     columns, how_);
+    }
+    dense_.product(input, rows, layer.gate_proj_weight, nullptr, f, d, wide, 2 * f, how_);
+    const float* bias = reinterpret_cast<const float*>(base_ + w_.biases);
+    if (rows > padded_rows(m_.plan.piece_rows())) continue;
+    dense_.add(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
+    dense_.add(base_ + lane_.output, rows, layer.down_proj_weight, nullptr, d, f, x, how_);
+  }
+}
+
 const float* ManyRows::run(const Stage& stage, const Span& span) {
   rows_ = span.rows;
+  padded_ = padded_rows(rows_);
   tokens_ = nullptr;
-  float* const own =
-      reinterpret_cast<float*>(base_ + (stage.scope == Scope::window       ? w_.window
-                                        : stage.scope == Scope::compressed ? w_.compressed
-                                                                           : w_.history));
-  x_ = own;
+  x_ = reinterpret_cast<float*>(base_ + (stage.scope == Scope::window       ? w_.window
+                                         : stage.scope == Scope::compressed ? w_.compressed
+                                                                            : lane_.history));
   // Only models of three blocks or more store the history's stream between two of them.
   const Region* region = m_.plan.find("stream");
   float* const stream =
@@ -45,13 +72,10 @@ const float* ManyRows::run(const Stage& stage, const Span& span) {
                   span.sequence * m_.plan.options().max_context + span.begin;
         break;
       case Verb::Kind::load:
-        x_ = stream;  // changed in place: a slide that is interrupted starts again from the tokens
+        copy(x_, stream);
         break;
       case Verb::Kind::store:
-        if (x_ == stream) break;
-        check(cudaMemcpyAsync(stream, x_, static_cast<size_t>(rows_ * m_.c.hidden_size) * 4,
-                              cudaMemcpyDeviceToDevice, how_.stream),
-              "copy of the history stream");
+        copy(stream, x_);
         break;
       case Verb::Kind::keep:
         keep(span);
@@ -81,7 +105,7 @@ void ManyRows::norm(const Norm& norm) {
   n.embed = m_.weights.embed_tokens;
   n.x = x_;
   n.norm = &norm;
-  n.normed = base_ + w_.normed;
+  n.normed = base_ + lane_.normed;
   norm_rows(n, how_);
   tokens_ = nullptr;
 }
@@ -92,10 +116,10 @@ void ManyRows::project(const Verb& verb, const Span& span) {
   const int64_t dq = m_.c.query_dim(), inputs = m_.c.hidden_size;
   const int64_t begin = verb.queries ? 0 : dq;
   const int64_t columns = (verb.keys_values ? dq + 2 * m_.c.kv_dim() : dq) - begin;
-  dense_.product(base_ + w_.normed, rows_,
+  dense_.product(base_ + lane_.normed, padded_,
                  static_cast<const char*>(layer.qkv_proj_weight) + begin * inputs * m_.element(),
                  static_cast<const char*>(layer.qkv_proj_bias) + begin * m_.element(), columns,
-                 inputs, base_ + w_.wide, columns, how_);
+                 inputs, base_ + lane_.wide, columns, how_);
   RotateRows r;
   r.dtype = m_.dtype;
   r.rows = rows_;
@@ -104,8 +128,8 @@ void ManyRows::project(const Verb& verb, const Span& span) {
   r.kv_heads = m_.kv_heads();
   r.head_dim = m_.head_dim();
   r.rope = m_.rope;
-  r.lines = base_ + w_.wide;
-  if (verb.queries) r.query = base_ + w_.query;
+  r.lines = base_ + lane_.wide;
+  if (verb.queries) r.query = base_ + lane_.query;
   if (verb.keys_values) {
     const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
     const KeyGroup group = keys(*verb.keys_values, verb, span);
@@ -145,15 +169,15 @@ void ManyRows::attend(const Verb& verb, const Span& span) {
   a.kv_heads = m_.kv_heads();
   a.head_dim = m_.head_dim();
   a.scale = 1 / std::sqrt(static_cast<float>(m_.head_dim()));
-  a.query = activation(base_ + w_.query, m_.c.num_attention_heads, m_.c.head_dim());
-  a.output = activation(base_ + w_.output, m_.c.num_attention_heads, m_.c.head_dim());
+  a.query = activation(base_ + lane_.query, m_.c.num_attention_heads, m_.c.head_dim());
+  a.output = activation(base_ + lane_.output, m_.c.num_attention_heads, m_.c.head_dim());
   int groups = 0;
   if (verb.causal) a.groups[groups++] = keys(Cache::window, verb, span);
   if (verb.context && keys_read(verb, span) > 0) {
     a.groups[groups++] = keys(*verb.context, verb, span);
   }
   if (prefill_attention_scratch(1, rows_, m_.heads(), m_.head_dim()) <= w_.attention_bytes) {
-    a.scratch = base_ + w_.attention;
+    a.scratch = base_ + lane_.attention;
     a.scratch_bytes = w_.attention_bytes;
   }
   prefill_attention(a, how_);
@@ -162,18 +186,25 @@ void ManyRows::attend(const Verb& verb, const Span& span) {
 void ManyRows::finish(const Verb& verb) {
   const LayerWeights& layer = m_.layer(verb);
   const int64_t d = m_.c.hidden_size, f = m_.c.intermediate_size;
-  char* gate_up = base_ + w_.wide;
-  char* hidden = base_ + w_.output;
+  char* gate_up = base_ + lane_.wide;
+  char* hidden = base_ + lane_.output;
   const float* bias = reinterpret_cast<const float*>(base_ + w_.biases) +
                       (verb.block * m_.c.block_depth + verb.layer) * d;
-  dense_.add(base_ + w_.output, rows_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_, how_);
+  dense_.add(base_ + lane_.output, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_,
+             how_);
   norm(m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias));
-  dense_.product(base_ + w_.normed, rows_, layer.gate_proj_weight, nullptr, f, d, gate_up, 2 * f,
-                 how_);
-  dense_.product(base_ + w_.normed, rows_, layer.up_proj_weight, nullptr, f, d,
+  dense_.product(base_ + lane_.normed, padded_, layer.gate_proj_weight, nullptr, f, d, gate_up,
+                 2 * f, how_);
+  dense_.product(base_ + lane_.normed, padded_, layer.up_proj_weight, nullptr, f, d,
                  gate_up + f * m_.element(), 2 * f, how_);
   silu_rows(m_.dtype, gate_up, hidden, rows_, f, how_);
-  dense_.add(hidden, rows_, layer.down_proj_weight, nullptr, d, f, x_, how_);
+  dense_.add(hidden, padded_, layer.down_proj_weight, nullptr, d, f, x_, how_);
+}
+
+void ManyRows::copy(float* to, const float* from) const {
+  check(cudaMemcpyAsync(to, from, static_cast<size_t>(rows_ * m_.c.hidden_size) * 4,
+                        cudaMemcpyDeviceToDevice, how_.stream),
+        "copy of the history stream");
 }
 
 void ManyRows::keep(const Span& span) {

@@ -9,27 +9,33 @@ namespace tlinformer::cuda {
 
 class ManyRows {
  public:
-  ManyRows(const Model& model, const Workspace& workspace, char* base, cudaStream_t stream);
+  ManyRows(const Model& model, const Workspace& workspace, int lane, char* base,
+           cudaStream_t stream);
 
   // All verbs but `head`; returns the device address of x's last row, float32 (D).
   const float* run(const Stage& stage, const Span& span);
 
  private:
+  void widen_biases();
+  void prepare();
   void norm(const Norm& norm);
   void project(const Verb& verb, const Span& span);
   void attend(const Verb& verb, const Span& span);
   void finish(const Verb& verb);
   void keep(const Span& span);
+  void copy(float* to, const float* from) const;
   KeyGroup keys(Cache cache, const Verb& verb, const Span& span) const;
 
   const Model& m_;
   const Workspace& w_;
+  const Workspace::Lane& lane_;
   char* base_;
   Launch how_;
   Dense dense_;
   const int32_t* tokens_ = nullptr;  // of an embed verb that waits for the next norm
   float* x_ = nullptr;
   int64_t rows_ = 0;
+  int64_t padded_ = 0;  // rows that products compute
 };
 
 }  // namespace tlinformer::cuda

@@ -18,8 +18,19 @@
 
 namespace tlinformer::cuda {
 
-// Rows a slide streams at a time: enough for the tensor cores, few enough for the L2 cache.
-constexpr int64_t kPieceRows = 8192;
+// Rows a slide streams at a time in either lane: many, so that launches and the last wave of every
+// kernel cost little, but no more memory than a small part of the cache.
+inline int64_t piece_rows(int64_t history) {
+  constexpr int64_t kLeast = 4096, kMost = 16384;
+  return std::max<int64_t>(1, std::min(history, std::clamp(history / 16, kLeast, kMost)));
+}
+
+// Rows that a product of `rows` rows computes: few different shapes, so that cuBLASLt has chosen
+// and loaded its kernels before anyone waits for them. Nobody reads the rows beyond.
+inline int64_t padded_rows(int64_t rows) {
+  const int64_t multiple = rows <= 512 ? 64 : 512;
+  return (rows + multiple - 1) / multiple * multiple;
+}
 
 inline void check_supported(const Config& c, const CachePlanOptions& options) {
   constexpr int kHeadSizes[] = {32, 36, 40, 48, 64, 80, 96, 128};
@@ -36,15 +47,14 @@ inline void check_supported(const Config& c, const CachePlanOptions& options) {
           "; on CUDA it must be less than ", int64_t{1} << 31);
 }
 
-// TLINFORMER_GEAR=wide leaves the cluster out, for measurements of one gear against the other.
-inline bool wide_gear_only() {
+// TLINFORMER_GEAR=cluster asks for one cluster of blocks between the long attentions, where the
+// model allows it. It is not the default because it is not the faster one yet.
+inline bool cluster_wanted() {
   const char* gear = std::getenv("TLINFORMER_GEAR");
-  return gear && std::strcmp(gear, "wide") == 0;
+  return gear && std::strcmp(gear, "cluster") == 0;
 }
 
 struct Workspace {
-  int64_t rows = 0;  // R: most rows a stage works on at once
-
   // Of a token; B sequences.
   int64_t state = 0;       // SequenceState, (B)
   int64_t sampling = 0;    // DeviceSampling
@@ -66,14 +76,18 @@ struct Workspace {
   // Of many rows of one sequence.
   int64_t window = 0;      // x of the window, float32 (Wog, D)
   int64_t compressed = 0;  // x of the compressed history, float32 (Woh, D)
-  int64_t history = 0;     // x of a piece of the history, float32 (piece, D)
   int64_t biases = 0;      // out_proj biases in float32, (layers, D)
-  int64_t normed = 0;      // (R, D)
-  int64_t wide = 0;        // (R, max(2 F, (Hq + 2 Hkv) d))
-  int64_t query = 0;       // (R, Hq d)
-  int64_t output = 0;      // (R, max(Hq d, F)): attended, then the MLP's hidden rows
-  int64_t attention = 0;   // of prefill_attention
-  int64_t dense = 0;       // of cuBLASLt
+  struct Lane {
+    int64_t rows = 0;       // R: most rows at once, padded like all of these
+    int64_t history = 0;    // x of a piece of the history, float32 (piece, D)
+    int64_t normed = 0;     // (R, D)
+    int64_t wide = 0;       // (R, max(2 F, (Hq + 2 Hkv) d))
+    int64_t query = 0;      // (R, Hq d)
+    int64_t output = 0;     // (R, max(Hq d, F)): attended, then the MLP's hidden rows
+    int64_t attention = 0;  // of prefill_attention
+    int64_t dense = 0;      // of cuBLASLt
+  };
+  Lane lanes[2];  // the pieces of a history go through two lanes in turn
   int64_t attention_bytes = 0;
   bool cluster = false;
   int64_t bytes = 0;
@@ -83,10 +97,10 @@ struct Workspace {
     const int64_t batch = options.batch_size;
     const int64_t woh = c.compressed_rows(c.history_at(options.max_context - 1));
     const int64_t wog = std::min(c.generation_window, options.max_context);
+    const int64_t piece = plan.piece_rows();
     const int64_t element = size_of(options.dtype);
     const int64_t d = c.hidden_size, f = c.intermediate_size, v = c.vocab_size;
     Workspace w;
-    w.rows = std::max({plan.piece_rows(), woh, wog});
     const auto take = [&w](int64_t bytes) {
       const int64_t begin = w.bytes;
       w.bytes += (bytes + 255) / 256 * 256;
@@ -110,20 +124,22 @@ struct Workspace {
     w.sample = take(sample_scratch(static_cast<int>(batch), static_cast<int>(v)));
     w.step_bytes = w.bytes;
     w.tokens = take(batch * options.max_context * 4);
-    w.cluster =
-        batch == 1 && !wide_gear_only() && ClusterStep::supports(c, options.dtype, wog, woh);
+    w.cluster = batch == 1 && cluster_wanted() && ClusterStep::supports(c, options.dtype, wog, woh);
     w.packed = take(w.cluster ? ClusterStep::packed_bytes(c) : 0);
-    w.window = take(wog * d * 4);
-    w.compressed = take(woh * d * 4);
-    w.history = take(plan.piece_rows() * d * 4);
+    w.window = take(padded_rows(wog) * d * 4);
+    w.compressed = take(padded_rows(woh) * d * 4);
     w.biases = take(c.num_layers() * d * 4);
-    w.normed = take(w.rows * d * element);
-    w.wide = take(w.rows * std::max(2 * f, c.query_dim() + 2 * c.kv_dim()) * element);
-    w.query = take(w.rows * c.query_dim() * element);
-    w.output = take(w.rows * std::max(c.query_dim(), f) * element);
     w.attention_bytes = prefill_attention_scratch(1, std::max(woh, wog), heads, head_dim);
-    w.attention = take(w.attention_bytes);
-    w.dense = take(Dense::workspace_bytes());
+    for (Lane& lane : w.lanes) {
+      lane.rows = padded_rows(&lane == w.lanes ? std::max({piece, woh, wog}) : piece);
+      lane.history = take(padded_rows(piece) * d * 4);
+      lane.normed = take(lane.rows * d * element);
+      lane.wide = take(lane.rows * std::max(2 * f, c.query_dim() + 2 * c.kv_dim()) * element);
+      lane.query = take(lane.rows * c.query_dim() * element);
+      lane.output = take(lane.rows * std::max(c.query_dim(), f) * element);
+      lane.attention = take(w.attention_bytes);
+      lane.dense = take(Dense::workspace_bytes());
+    }
     return w;
   }
 };

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <chrono>
 
 #include "../cpu/kernels.h"
 #include "tlinformer/engine.h"
@@ -47,9 +47,13 @@ Weights make_weights(const Config& config, const std::string& dtype, const py::d
 }
 
 // A C++ callback that first lets Python handle its signals: Ctrl-C raises out of the engine.
+// Without a function to call it does so now and then only, since other threads may hold the GIL.
 template <class... Args>
 std::function<bool(Args...)> callback(py::object function) {
-  return [function = std::move(function)](Args... args) {
+  using Clock = std::chrono::steady_clock;
+  return [function = std::move(function), last = Clock::time_point{}](Args... args) mutable {
+    if (function.is_none() && Clock::now() - last < std::chrono::milliseconds(20)) return true;
+    last = Clock::now();
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (function.is_none()) return true;
@@ -60,9 +64,11 @@ std::function<bool(Args...)> callback(py::object function) {
 class PyEngine {
  public:
   PyEngine(const Config& config, const std::string& dtype, const py::dict& tensors,
-           const CachePlan& plan, uintptr_t arena, int64_t arena_bytes, int num_threads)
+           const CachePlan& plan, uintptr_t arena, int64_t arena_bytes, int num_threads,
+           uintptr_t stream)
       : engine_(config, make_weights(config, dtype, tensors), plan,
-                {reinterpret_cast<void*>(arena), arena_bytes}, {num_threads}) {}
+                {reinterpret_cast<void*>(arena), arena_bytes},
+                {num_threads, reinterpret_cast<void*>(stream)}) {}
 
   // Prompts and tokens come as (address, count) of int32.
   using Ids = std::vector<std::pair<uintptr_t, int64_t>>;
@@ -95,12 +101,10 @@ class PyEngine {
     return engine_.generate(max_new_tokens, sampling, sink, report);
   }
 
-  // Copies the logits, (sequences, V) float32, to `to`.
+  // Copies the logits, (sequences, V) float32, to `to` on the engine's device.
   void copy_logits(uintptr_t to) {
     const auto lock = own();
-    const int64_t floats = engine_.sequences() * engine_.config().vocab_size;
-    std::memcpy(reinterpret_cast<void*>(to), engine_.logits(),
-                static_cast<size_t>(floats) * sizeof(float));
+    engine_.copy_logits(reinterpret_cast<float*>(to));
   }
 
   void reset() {
@@ -175,12 +179,12 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<CachePlan>(m, "CachePlan")
       .def(py::init([](const Config& config, int64_t max_context, int64_t batch_size,
-                       const std::string& dtype, int64_t memory_limit) {
-             return CachePlan::make(
-                 config, {max_context, batch_size, dtype_from_name(dtype), memory_limit});
+                       const std::string& dtype, int64_t memory_limit, bool cuda) {
+             return CachePlan::make(config, {max_context, batch_size, dtype_from_name(dtype),
+                                             memory_limit, cuda ? Device::cuda : Device::cpu});
            }),
            py::arg("config"), py::arg("max_context"), py::arg("batch_size"), py::arg("dtype"),
-           py::arg("memory_limit"))
+           py::arg("memory_limit"), py::arg("cuda"))
       .def_property_readonly("regions", &CachePlan::regions)
       .def_property_readonly("total_bytes", &CachePlan::total_bytes)
       .def_property_readonly("cache_bytes", &CachePlan::cache_bytes)
@@ -204,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<PyEngine>(m, "Engine")
       .def(py::init<const Config&, const std::string&, const py::dict&, const CachePlan&, uintptr_t,
-                    int64_t, int>())
+                    int64_t, int, uintptr_t>())
       .def("prefill", &PyEngine::prefill)
       .def("step", &PyEngine::step)
       .def("generate", &PyEngine::generate)
@@ -214,4 +218,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("stats", &PyEngine::stats);
 
   m.def("instruction_set", [] { return cpu::kernels().name; });
+#if defined(TLINFORMER_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
 }

@@ -1,8 +1,8 @@
 // torch.ops.tlinformer.*, in torch's stable ABI: one build serves every torch from 2.10 on.
+#include "ops.h"
+
 #include <cmath>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"
@@ -12,31 +12,22 @@
 #pragma GCC diagnostic pop
 
 #include "cpu/window_attention.h"
-#include "tlinformer/error.h"
 
 namespace {
 
 using tlinformer::cpu::HeadRows;
+using tlinformer::python::require;
+using tlinformer::python::shape_of;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Becomes Python's ValueError.
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  tlinformer::require<std::invalid_argument>(holds, "window_attention: ", parts...);
-}
-
-std::string shape_of(const Tensor& x) {
-  std::string text;
-  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return "(" + text + ")";
-}
 
 void require_rows(const char* name, const Tensor& x, const Tensor& query, int64_t heads,
                   int64_t rows) {
   require(x.scalar_type() == query.scalar_type(), name, " is ",
           torch::headeronly::toString(x.scalar_type()), ", query is ",
           torch::headeronly::toString(query.scalar_type()), "; all tensors need one dtype");
+  require(x.is_cuda() == query.is_cuda() && x.get_device_index() == query.get_device_index(), name,
+          " and query are on different devices; all tensors need one");
   require(x.dim() == 4 && x.size(0) == query.size(0) && x.size(1) == heads && x.size(2) == rows &&
               x.size(3) == query.size(3),
           name, " is ", shape_of(x), ", must be (", query.size(0), ", ", heads, ", ", rows, ", ",
@@ -99,11 +90,19 @@ Tensor window_attention(const Tensor& query, const Tensor& key, const Tensor& va
     const int64_t rows = context_key->dim() == 4 ? context_key->size(2) : 0;
     require_rows("context_key", *context_key, query, kv_heads, rows);
     require_rows("context_value", *context_value, query, kv_heads, rows);
-    context_key = with_dense_rows(*context_key);
-    context_value = with_dense_rows(*context_value);
   }
   const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(query.size(3))));
   require(std::isfinite(factor), "scale is ", factor, ", must be finite");
+#if defined(TLINFORMER_CUDA)
+  if (query.is_cuda()) {
+    return tlinformer::python::window_attention_cuda(query, key, value, context_key, context_value,
+                                                     factor);
+  }
+#endif
+  if (context_key) {
+    context_key = with_dense_rows(*context_key);
+    context_value = with_dense_rows(*context_value);
+  }
   const auto run = [&](auto attend_as) {
     return attend_as(with_dense_rows(query), with_dense_rows(key), with_dense_rows(value),
                      context_key, context_value, factor);
@@ -127,3 +126,9 @@ STABLE_TORCH_LIBRARY(tlinformer, m) {
 STABLE_TORCH_LIBRARY_IMPL(tlinformer, CPU, m) {
   m.impl("window_attention", TORCH_BOX(&window_attention));
 }
+
+#if defined(TLINFORMER_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(tlinformer, CUDA, m) {
+  m.impl("window_attention", TORCH_BOX(&window_attention));
+}
+#endif

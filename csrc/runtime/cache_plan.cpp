@@ -94,7 +94,7 @@ CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options)
   if (blocks > 2) plan.add("stream", -1, -1, history, history * config.hidden_size * 4);
 #if defined(TLINFORMER_CUDA)
   if (options.device == Device::cuda) {
-    plan.piece_rows_ = std::max<int64_t>(1, std::min(cuda::kPieceRows, history));
+    plan.piece_rows_ = cuda::piece_rows(history);
     plan.add("workspace", -1, -1, 0, cuda::Workspace::layout(config, plan).bytes);
     plan.check_limit(config);
     return plan;

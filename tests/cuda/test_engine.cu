@@ -231,7 +231,8 @@ Config product_config(int64_t hidden, int64_t heads, int64_t inner) {
 
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "bench") {
-    const std::vector<int64_t> lengths{1 << 10, 1 << 14, 1 << 17, 1 << 20};
+    std::vector<int64_t> lengths{1 << 10, 1 << 14, 1 << 17, 1 << 20};
+    if (argc > 2) lengths = {std::atoll(argv[2])};
     bench("41M", product_config(432, 12, 1280), lengths);
     bench("D512", product_config(512, 8, 1536), lengths);
     return 0;

@@ -52,12 +52,20 @@ def generate_command(
         float, _sampling("R", "Above 1, tokens already there become less likely.")
     ] = 1.0,
     seed: Annotated[int, _sampling("N", "Same seed, same text.")] = 0,
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, or auto: a GPU if it can."),
+    ] = "auto",
     dtype: Annotated[
         str,
-        typer.Option(metavar="NAME", help="float32, bfloat16 (half the size) or auto: as saved."),
+        typer.Option(
+            metavar="NAME",
+            help="float32 (CPU), bfloat16, float16 (CUDA), or auto: as saved, at most 16 bits on "
+            "CUDA.",
+        ),
     ] = "auto",
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU threads (default: all).")
+        int | None, typer.Option(metavar="N", help="Threads of the CPU (default: all).")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
@@ -88,6 +96,7 @@ def generate_command(
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     threads = threads or torch.get_num_threads()
     length, kind = ids.numel() + max_new_tokens, None if dtype == "auto" else dtype
+    loaded.to(_place(device, loaded.config, kind))
     engine = Engine(loaded, max_context=length, dtype=kind, num_threads=threads)
     # A rehearsal: bad sampling options and weights are refused before a long prompt is read.
     engine.prefill(ids[:, :1])
@@ -98,7 +107,10 @@ def generate_command(
     if not as_json:
         size = sum(p.numel() for p in loaded.parameters()) / 1e6
         kind = str(engine.dtype).removeprefix("torch.")
-        about = f"{model.resolve().name}: {size:,.1f}M parameters, {kind}, {threads} threads"
+        place = f"{threads} threads"
+        if engine.device.type == "cuda":
+            place = torch.cuda.get_device_name(engine.device)
+        about = f"{model.resolve().name}: {size:,.1f}M parameters, {kind}, {place}"
         console.print(about, style="dim", markup=False)
     prefill_seconds = _prefill(engine, ids, console)
     stream = _TextStream(tokenizer, None if as_json else sys.stdout, console)
@@ -118,6 +130,21 @@ def generate_command(
         _print_summary(summary, console)
     if interrupted:
         raise KeyboardInterrupt(f"interrupted after {stream.tokens:,} tokens")
+
+
+def _place(device: str, config: Any, dtype: str | None) -> Any:
+    """Where to run; "auto" prefers a GPU if this build's CUDA engine takes the model and dtype."""
+    import torch
+
+    from ..plan import plan_cache
+    from ..recipe import resolve_device
+
+    if device == "auto" and torch.cuda.is_available():
+        try:
+            plan_cache(config, max_context=1, dtype=dtype, device="cuda")
+        except ValueError:
+            device = "cpu"
+    return resolve_device(device)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

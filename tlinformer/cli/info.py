@@ -30,6 +30,8 @@ def collect() -> dict[str, Any]:
             advice.append(f"{package} is missing: pip install {package}")
     try:
         info["engine"] = f"CPU, {tlinformer._C.instruction_set()}"
+        if tlinformer._C.has_cuda:
+            info["engine"] += "; CUDA"
     except ImportError as error:
         info["engine"] = None
         advice.append(str(error))
@@ -40,8 +42,11 @@ def collect() -> dict[str, Any]:
         info["threads"] = torch.get_num_threads()
         gpus = range(torch.cuda.device_count())
         info["gpus"] = [torch.cuda.get_device_name(i) for i in gpus]
-        if gpus:
-            advice.append("this build's engine runs on the CPU; training uses the GPU")
+        if gpus and info["engine"] and "CUDA" not in info["engine"]:
+            advice.append(
+                "there is a GPU, but this build's engine runs on the CPU only (training uses the "
+                "GPU): TLINFORMER_CUDA=1 pip install --no-build-isolation . says what is missing"
+            )
     info["advice"] = advice
     return info
 

@@ -36,6 +36,9 @@ def plan_command(
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")
     ] = "bfloat16",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, or cuda (takes a CUDA build).")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory an engine needs, region by region, without allocating it."""
@@ -49,26 +52,24 @@ def plan_command(
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no usable config.json: {error}") from error
     tokens = parse_tokens(context)
-    plan = plan_cache(config, max_context=tokens, batch_size=batch_size, dtype=dtype)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    plan = plan_cache(config, max_context=tokens, **sizes)
     element = 4 if dtype == "float32" else 2
     d, f, kv = config.hidden_size, config.mlp_size, config.kv_heads * config.head_dim
     layer = 5 * d + (d + 1) * (d + 2 * kv) + d * (d + 3 * f)
     weights = element * (config.num_layers * layer + d * (config.vocab_size + 2))
     standard = 2 * element * kv * config.num_layers * tokens * batch_size
-    available = available_memory()
+    available = available_memory(device)
     refusal = None
     if available:  # 0: unknown
         room = max(1, available - weights)
         try:
-            plan_cache(
-                config, max_context=tokens, batch_size=batch_size, dtype=dtype, memory_limit=room
-            )
+            plan_cache(config, max_context=tokens, memory_limit=room, **sizes)
         except RuntimeError as error:
             refusal = str(error)
     result: dict[str, Any] = {
         "context": tokens,
-        "batch_size": batch_size,
-        "dtype": dtype,
+        **sizes,
         "bytes": plan.bytes_by_region,
         "cache_bytes": plan.cache_bytes,
         "total_bytes": plan.total_bytes,

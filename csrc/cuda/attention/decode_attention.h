@@ -28,7 +28,7 @@ struct DecodeAttention {
   int query_heads = 0, kv_heads = 0, head_dim = 0;
   const float* query = nullptr;  // (batch, Hq d), rotated, times log2(e) / sqrt(d)
   void* output = nullptr;        // (batch, Hq d) of dtype; rows of sequences not live: untouched
-  const SequenceState* state = nullptr;  // (batch)
+  const SequenceState* state = nullptr;  // (batch); lengths are right also where not live
   ContextRows context_rows = ContextRows::none;
   CachedRows context{};
   // Rows first ... first + last - history, of which the last one was written by the kernel before.

@@ -32,11 +32,15 @@ struct PrefillAttention {
   // Log-sum-exp (natural) of each group, (2, batch, Hq, rows) float32; null: not wanted. -inf for
   // an empty group.
   float* log_sum_exp = nullptr;
-  void* scratch = nullptr;  // for splitting few rows over many keys; null: not split
+  void* scratch = nullptr;  // 16-byte aligned, to split many keys over blocks; null: not split
   int64_t scratch_bytes = 0;
 };
 
-// Bytes with which `rows` rows are split over enough blocks to fill the device.
+// Whether there is a kernel for heads of this size; the list of those sizes, for messages.
+bool prefill_takes_head_size(int64_t head_dim);
+const char* prefill_head_sizes();
+
+// Bytes with which `rows` rows, or fewer, are split over enough blocks to fill the device.
 int64_t prefill_attention_scratch(int64_t batch, int64_t rows, int query_heads, int head_dim);
 void prefill_attention(const PrefillAttention& a, const Launch& how);
 

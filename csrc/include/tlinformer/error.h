@@ -2,9 +2,10 @@
 // limit and the way out. The engine stays usable after any of them.
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace tlinformer {
 
@@ -24,12 +25,25 @@ struct NumericalError : Error {  // the model produced NaN
   using Error::Error;
 };
 
+// Text of a number or of a string. Without iostreams: some programs load two versions of the C++
+// library, and then the streams of one meet the locales of the other.
+template <class Part>
+std::string text_of(const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    return digits;
+  } else if constexpr (std::is_arithmetic_v<Part>) {
+    return std::to_string(part);
+  } else {
+    return std::string(part);
+  }
+}
+
 template <class E = InvalidArgument, class... Parts>
 void require(bool holds, const Parts&... parts) {
   if (holds) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw E(text.str());
+  throw E((std::string() + ... + text_of(parts)));
 }
 
 }  // namespace tlinformer
