@@ -133,7 +133,7 @@ inline size_t window_attention_bytes(const DecodeAttention& a) {
 }
 
 template <class T, int d>
-__global__ void __launch_bounds__(kWindowThreads, 2)
+__global__ void __launch_bounds__(kWindowThreads, 1)
     tlin_window_attention(const __grid_constant__ DecodeAttention a) {
   let_next_start();
   extern __shared__ uint4 shared[];
