@@ -108,6 +108,46 @@ def cpu_memory() -> str:
     )
 
 
+def cuda_hit() -> str:
+    """A greedy token on the GPU beside the time its bytes take."""
+    rows = [r for r in load("cuda_hit")["hits"] if r["tokens"] == "greedy"]
+    lines = [
+        "| model | tokens of history | a token | its bytes at full bandwidth |",
+        "|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['history']:,} | {r['milliseconds']:.3f} ms "
+        f"| {r['limit_milliseconds']:.3f} ms |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def cuda_slide() -> str:
+    """Prefills and slides on the GPU."""
+    lines = ["| model | tokens of history | prefill | slide |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {r['model']} | {r['history']:,} | {r['prefill_milliseconds']:.1f} ms "
+        f"| {r['slide_milliseconds']:.2f} ms |"
+        for r in load("cuda_slide")["slides"]
+    ]
+    return "\n".join(lines)
+
+
+def cuda_long() -> str:
+    """Very long histories on one GPU."""
+    r, m = load("cuda_long"), load("cuda_memory")
+    return (
+        f"| measured | figure |\n|---|---:|\n"
+        f"| prefill of {r['prompt']:,} tokens | {r['prefill_seconds']:.2f} s |\n"
+        f"| a token after it | {r['hit_milliseconds']:.1f} ms |\n"
+        f"| a slide after it | {r['slide_milliseconds']:.0f} ms |\n"
+        f"| most device memory | {r['peak_gib']:.1f} GiB |\n"
+        f"| the same at {m['prompt']:,} tokens, over cache + weights "
+        f"| {m['peak_over_cache_and_weights']:.2f}x |"
+    )
+
+
 def parity() -> str:
     """The shipped model beside the Transformer of equal size."""
     rows = load("prose_8m")["rows"]
@@ -149,4 +189,13 @@ def fill(document: Path, *tables: Callable[[], str]) -> None:
 if __name__ == "__main__":
     prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
     fill(ROOT / "models/tlinformer-prose-8m/README.md", parity)
-    fill(ROOT / "README.md", demo, cpu_speed, cpu_prefill, cpu_memory)
+    fill(
+        ROOT / "README.md",
+        demo,
+        cpu_speed,
+        cpu_prefill,
+        cpu_memory,
+        cuda_hit,
+        cuda_slide,
+        cuda_long,
+    )
