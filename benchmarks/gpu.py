@@ -276,7 +276,9 @@ def trace(args: argparse.Namespace) -> dict[str, Any]:
         ],
         "device_work": [
             {
-                "name": name.replace("(anonymous namespace)::", "").split("(")[0].removeprefix("void ")[:70],
+                "name": name.replace("(anonymous namespace)::", "")
+                .split("(")[0]
+                .removeprefix("void ")[:70],
                 "a_token": len(times) / args.tokens,
                 "microseconds": statistics.median(times),
                 "microseconds_a_token": sum(times) / args.tokens,
