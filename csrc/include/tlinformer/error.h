@@ -25,8 +25,8 @@ struct NumericalError : Error {  // the model produced NaN
   using Error::Error;
 };
 
-// Text of a number or of a string. Without iostreams: some programs load two versions of the C++
-// library, and then the streams of one meet the locales of the other.
+// Text of a number or of a string. Without iostreams, which crashed where a program had loaded two
+// versions of the C++ library.
 template <class Part>
 std::string text_of(const Part& part) {
   if constexpr (std::is_floating_point_v<Part>) {
