@@ -217,6 +217,16 @@ def show(result: dict[str, Any]) -> None:
             print(f"{name}: {value}")
 
 
+def finish(environment: dict[str, Any], figures: dict[str, Any], path: Path | None) -> None:
+    """Prints a suite's figures, and writes them to `path` if there is one."""
+    command = " ".join(["python", *sys.argv])
+    result = {"command": command, "environment": environment, **figures}
+    show(result)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -228,15 +238,7 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=5300, help="tokens of the growth test")
     parser.add_argument("--prompt", type=int, default=100_000, help="tokens of the peak test")
     args = parser.parse_args()
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "environment": environment(),
-        **{"speed": speed, "memory": memory}[args.suite](args),
-    }
-    show(result)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    finish(environment(), {"speed": speed, "memory": memory}[args.suite](args), args.json)
 
 
 if __name__ == "__main__":

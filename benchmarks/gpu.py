@@ -23,18 +23,16 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
-import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import PAPER_41M, hit_bytes, show
+from cpu import PAPER_41M, finish, hit_bytes
 
 from tlinformer import Engine, SamplingParams, TLinFormerConfig, TLinFormerForCausalLM
 
@@ -326,15 +324,7 @@ def main() -> None:
         parser.error("there is no GPU")
     args.histories = args.histories or HISTORIES.get(args.suite)
     args.prompt = args.prompt or PROMPTS.get(args.suite)
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "environment": environment(),
-        **SUITES[args.suite](args),
-    }
-    show(result)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    finish(environment(), SUITES[args.suite](args), args.json)
 
 
 if __name__ == "__main__":

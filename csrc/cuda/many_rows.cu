@@ -176,10 +176,8 @@ void ManyRows::attend(const Verb& verb, const Span& span) {
   if (verb.context && keys_read(verb, span) > 0) {
     a.groups[groups++] = keys(*verb.context, verb, span);
   }
-  if (prefill_attention_scratch(1, rows_, m_.heads(), m_.head_dim()) <= w_.attention_bytes) {
-    a.scratch = base_ + lane_.attention;
-    a.scratch_bytes = w_.attention_bytes;
-  }
+  a.scratch = base_ + lane_.attention;
+  a.scratch_bytes = w_.attention_bytes;
   prefill_attention(a, how_);
 }
 

@@ -38,26 +38,6 @@ Config small_config() {
   return c;
 }
 
-// An engine on an arena of its own that is exactly as large as planned and full of NaN.
-struct Owned {
-  CachePlan plan;
-  std::vector<char> memory;
-  Engine engine;
-  static char* aligned(std::vector<char>& memory) {
-    const auto at = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (64 - at % 64) % 64;
-  }
-  Owned(const RandomModel& model, int64_t max_context, int64_t batch, int threads)
-      : plan(CachePlan::make(model.config, {max_context, batch, model.weights.dtype})),
-        memory(static_cast<size_t>(plan.total_bytes()) + 64, char(0xff)),
-        engine(model.config, model.weights, plan, {aligned(memory), plan.total_bytes()},
-               {threads}) {}
-  std::vector<float> logits() const {
-    const float* from = engine.logits();
-    return {from, from + engine.sequences() * engine.config().vocab_size};
-  }
-};
-
 Tokens tokens_of(int64_t length, const Config& config) {
   Tokens tokens;
   for (int64_t i = 0; i < length; ++i)

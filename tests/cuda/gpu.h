@@ -49,6 +49,22 @@ class Array {
   size_t count_;
 };
 
+template <class T>
+constexpr tlinformer::DType kDType = tlinformer::DType::bfloat16;
+template <>
+constexpr tlinformer::DType kDType<tlinformer::cuda::f16> = tlinformer::DType::float16;
+template <class T>
+constexpr double kRounding = 1.0 / 256;  // half a unit in the last place
+template <>
+constexpr double kRounding<tlinformer::cuda::f16> = 1.0 / 2048;
+
+// Every byte still as Array made it.
+template <class T>
+bool untouched(const T* data, size_t count) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(data);
+  return std::all_of(bytes, bytes + count * sizeof(T), [](unsigned char b) { return b == 0xFF; });
+}
+
 // Standard normal values times `scale`, rounded to T, and the same as doubles.
 template <class T>
 std::vector<T> normal(size_t count, unsigned seed, float scale = 1.0f) {

@@ -181,7 +181,6 @@ void test(const Case& c, unsigned seed) {
   a.most_rows = random.below(2) ? 0 : most_context + most_window;
   a.scratch = scratch.data();
   a.blocks = c.blocks;
-  a.prefetch_bytes = random.below(2) * 1000000;
 
   const double epsilon = std::is_same_v<T, bf16> ? 1.0 / 256 : 1.0 / 2048;
   for (int step = 0; step < 3; ++step) {

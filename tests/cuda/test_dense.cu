@@ -9,17 +9,11 @@
 using namespace tlinformer;
 using namespace tlinformer::cuda;
 using gpu::Array;
+using gpu::kDType;
+using gpu::kRounding;
+using gpu::untouched;
 
 namespace {
-
-template <class T>
-constexpr DType kDType = DType::bfloat16;
-template <>
-constexpr DType kDType<f16> = DType::float16;
-template <class T>
-constexpr double kRounding = 1.0 / 256;  // half a unit in the last place
-template <>
-constexpr double kRounding<f16> = 1.0 / 2048;
 
 cudaStream_t stream;
 
@@ -27,12 +21,6 @@ Launch launched() {
   Launch how;
   how.stream = stream;
   return how;
-}
-
-template <class T>
-bool untouched(const T* data, size_t count) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(data);
-  return std::all_of(bytes, bytes + count * sizeof(T), [](unsigned char b) { return b == 0xFF; });
 }
 
 // input weight^T + bias in float64, of one entry, and the sum of its terms' magnitudes.

@@ -57,24 +57,6 @@ struct OnDevice {
   }
 };
 
-struct OnCpu {
-  CachePlan plan;
-  std::vector<char> memory;
-  Engine engine;
-  static char* aligned(std::vector<char>& memory) {
-    const auto at = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (64 - at % 64) % 64;
-  }
-  OnCpu(const RandomModel& model, int64_t max_context, int64_t batch = 1)
-      : plan(CachePlan::make(model.config, {max_context, batch, model.weights.dtype})),
-        memory(static_cast<size_t>(plan.total_bytes()) + 64, char(0xff)),
-        engine(model.config, model.weights, plan, {aligned(memory), plan.total_bytes()}) {}
-  std::vector<float> logits() const {
-    const float* from = engine.logits();
-    return {from, from + engine.sequences() * engine.config().vocab_size};
-  }
-};
-
 Config small_config() {
   Config c;
   c.vocab_size = 37;
@@ -116,7 +98,7 @@ void test_prefill_and_steps(const char* name, const Config& config, int64_t leng
   const Tokens tokens = tokens_of(length, config);
   double worst = 0;
   OnDevice device(model, length);
-  OnCpu cpu(model, length);
+  Owned cpu(model, length, 1, 0);
   for (int64_t cut : {int64_t{1}, int64_t{3}, config.generation_window,
                       config.generation_window + 1, length / 2, length - 1, length}) {
     if (cut < 1 || cut > length) continue;

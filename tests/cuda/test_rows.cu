@@ -9,17 +9,11 @@
 using namespace tlinformer;
 using namespace tlinformer::cuda;
 using gpu::Array;
+using gpu::kDType;
+using gpu::kRounding;
+using gpu::untouched;
 
 namespace {
-
-template <class T>
-constexpr DType kDType = DType::bfloat16;
-template <>
-constexpr DType kDType<f16> = DType::float16;
-template <class T>
-constexpr double kRounding = 1.0 / 256;  // half a unit in the last place
-template <>
-constexpr double kRounding<f16> = 1.0 / 2048;
 
 double value(float x) { return x; }
 double value(bf16 x) { return static_cast<float>(x); }
@@ -32,13 +26,6 @@ Launch launched(bool early = false) {
   how.stream = stream;
   how.early = early;
   return how;
-}
-
-// Every byte still as gpu::Array made it.
-template <class T>
-bool untouched(const T* data, size_t count) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(data);
-  return std::all_of(bytes, bytes + count * sizeof(T), [](unsigned char b) { return b == 0xFF; });
 }
 
 std::vector<int32_t> some_tokens(size_t count, int32_t vocabulary, unsigned seed) {

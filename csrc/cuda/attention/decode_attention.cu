@@ -196,28 +196,18 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 #pragma unroll 1
     for (tile = Layout::kRows; tile < Layout::kTile && tile * kWarps < plan.share;) tile *= 2;
     at = ahead_at = warp * tile;
-    int into_l2 = static_cast<int>(a.prefetch_bytes /
-                                   (int64_t{gridDim.x} * kWarps * tile * 2 * Layout::kRowBytes));
 #pragma unroll 1
     for (;;) {
-      if (ended) {
-        into_l2 = 0;
-        if (walk.count > 0) load_queries();
-      }
+      if (ended && walk.count > 0) load_queries();
       Walk resume = ahead;
       int resume_at = ahead_at;
 #pragma unroll 1
-      while (room() || into_l2 > 0) {
+      while (room()) {
         const TileRows<T> rows = next_tile(ended);
         if (rows.bytes == 0) break;
-        if (room()) {
-          fetch(rows);
-          resume = ahead;
-          resume_at = ahead_at;
-        } else {
-          prefetch_tile(rows.keys, rows.values, rows.bytes, lane);
-          --into_l2;
-        }
+        fetch(rows);
+        resume = ahead;
+        resume_at = ahead_at;
       }
       ahead = resume;
       ahead_at = resume_at;

@@ -37,9 +37,6 @@ struct DecodeAttention {
   int64_t most_rows = 0;    // upper bound of context + window rows of a sequence, by the plan
   void* scratch = nullptr;  // decode_attention_scratch() bytes, zeroed once at creation
   int blocks = 0;           // thread blocks, at most multiprocessors(); 0: chosen here
-  // Of context rows, fetched into the L2 cache while the kernel waits for the previous one: for a
-  // caller whose previous kernel leaves the memory idle.
-  int64_t prefetch_bytes = 0;
 };
 
 int64_t decode_attention_scratch(int batch, int query_heads, int head_dim);

@@ -61,17 +61,6 @@ __device__ inline void copy_tile(char* to_keys, const void* keys, char* to_value
 #endif
 }
 
-// By all lanes: what copy_tile() would copy, into the L2 cache only.
-__device__ inline void prefetch_tile(const void* keys, const void* values, uint32_t bytes,
-                                     int lane) {
-#if __CUDA_ARCH__ >= 900
-  if (lane > 1) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                   __cvta_generic_to_global(lane == 0 ? keys : values)),
-               "r"(bytes));
-#endif
-}
-
 // By all lanes: the oldest tile not yet waited for has arrived. `parity` counts the rounds of the
 // ring modulo 2; `full`: all `kStages` stages are in flight.
 template <int kStages>

@@ -2,8 +2,8 @@
 // a head, which has its rows in shared memory before the query exists.
 #pragma once
 
-#include "../numeric.cuh"
 #include "decode_attention.h"
+#include "row_score.cuh"
 
 namespace tlinformer::cuda {
 
@@ -15,53 +15,33 @@ __device__ inline void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-// Elements begin ... end - 1, both even; whole vectors of 16 bytes do not wait.
+// Elements begin ... end - 1, both even, by `threads` threads; whole vectors of 16 bytes do not
+// wait.
 template <class T>
-__device__ void copy_rows(T* to, const void* from, int begin, int end) {
+__device__ void copy_rows(T* to, const void* from, int begin, int end, int thread = threadIdx.x,
+                          int threads = kWindowThreads) {
   const T* source = static_cast<const T*>(from);
   const int first = (begin + 7) / 8 * 8, last = end / 8 * 8;
-  for (int i = first + 8 * threadIdx.x; i < last; i += 8 * kWindowThreads) {
+  for (int i = first + 8 * thread; i < last; i += 8 * threads) {
     copy_async(to + i, source + i);
   }
   // What is left before the first vector and behind the last.
   const int head_end = min(first, end), tail = max(last, head_end);
   const int words = (head_end - begin) / 2 + (end - tail) / 2;
-  for (int i = threadIdx.x; i < words; i += kWindowThreads) {
+  for (int i = thread; i < words; i += threads) {
     const int at = 2 * i < head_end - begin ? begin + 2 * i : tail + 2 * i - (head_end - begin);
     *reinterpret_cast<uint32_t*>(to + at) = __ldcg(reinterpret_cast<const uint32_t*>(source + at));
   }
 }
 
-// Up to 32 rows against one query: record <- greatest score, sum of the weights relative to it,
-// weighted sum of the values.
-template <class T, int d>
+// Up to 32 rows against one query. put(i, pair) stores floats 2 i and 2 i + 1 of a record: greatest
+// score, sum of the weights relative to it, weighted sum of the values.
+template <class T, int d, class Put>
 __device__ void attend_unit(const T* keys, const T* values, int rows, const float* query,
-                            float* record) {
+                            const Put& put) {
   constexpr int kQuads = d / 4;
-  // Lanes of 16 that would read the same bank begin at different places of their row.
-  constexpr int kSame = kQuads % 16 == 0  ? 16
-                        : kQuads % 8 == 0 ? 8
-                        : kQuads % 4 == 0 ? 4
-                        : kQuads % 2 == 0 ? 2
-                                          : 1;
   const int lane = threadIdx.x % 32;
-  float score = -INFINITY;
-  if (lane < rows) {
-    const uint2* key = reinterpret_cast<const uint2*>(keys + lane * d);
-    const int begin = lane % 16 * kSame / 16;
-    float even = 0, odd = 0;
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      int quad = begin + i;
-      if (kSame > 1 && quad >= kQuads) quad -= kQuads;
-      const uint2 words = key[quad];
-      const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
-      const float4 q = reinterpret_cast<const float4*>(query)[quad];
-      even += low.x * q.x + high.x * q.z;
-      odd += low.y * q.y + high.y * q.w;
-    }
-    score = even + odd;
-  }
+  const float score = lane < rows ? row_score<T, d>(keys, query, lane) : -INFINITY;
   const float most = warp_max(score);
   const float weight = exp2_fast(score - most);
   const float sum = warp_sum(weight);
@@ -90,10 +70,10 @@ __device__ void attend_unit(const T* keys, const T* values, int rows, const floa
     all.z += __shfl_down_sync(0xffffffffu, mixed.z, i * kQuads);
     all.w += __shfl_down_sync(0xffffffffu, mixed.w, i * kQuads);
   }
-  if (lane == 0) *reinterpret_cast<float2*>(record) = {most, sum};
+  if (lane == 0) put(0, float2{most, sum});
   if (lane < kQuads) {
-    reinterpret_cast<float2*>(record + 2)[2 * lane] = {all.x, all.y};
-    reinterpret_cast<float2*>(record + 2)[2 * lane + 1] = {all.z, all.w};
+    put(1 + 2 * lane, float2{all.x, all.y});
+    put(2 + 2 * lane, float2{all.z, all.w});
   }
 }
 
@@ -188,8 +168,9 @@ __global__ void __launch_bounds__(kWindowThreads, 1)
         rows + (of_context ? places.context_values : places.window_values) + first * d;
     const int here = min(kUnit, (of_context ? compressed : window) - first);
     for (int i = 0; i < group; ++i) {
+      float* const record = records + (i * units + unit) * kRecord;
       attend_unit<T, d>(keys, values, here, queries + i * d,
-                        records + (i * units + unit) * kRecord);
+                        [&](int at, float2 pair) { reinterpret_cast<float2*>(record)[at] = pair; });
     }
   }
   __syncthreads();

@@ -2,6 +2,7 @@
 // Between products the blocks send their outputs to all blocks, each to its place.
 #pragma once
 
+#include "../attention/row_score.cuh"
 #include "ring.cuh"
 
 namespace tlinformer::cuda::cluster {
@@ -214,28 +215,7 @@ struct Worker {
   __device__ void attend(const T* keys, const T* values, int rows, const float* query,
                          float* record) const {
     constexpr int kQuads = d / 4;
-    // Lanes of 16 that would read the same bank begin at different places of their row.
-    constexpr int kSame = kQuads % 16 == 0  ? 16
-                          : kQuads % 8 == 0 ? 8
-                          : kQuads % 4 == 0 ? 4
-                          : kQuads % 2 == 0 ? 2
-                                            : 1;
-    float score = -INFINITY;
-    if (lane < rows) {
-      const uint2* key = reinterpret_cast<const uint2*>(keys + lane * d);
-      const int begin = lane % 16 * kSame / 16;
-      float even = 0, odd = 0;
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        int quad = begin + i;
-        if (kSame > 1 && quad >= kQuads) quad -= kQuads;
-        const float2 low = unpack<T>(key[quad].x), high = unpack<T>(key[quad].y);
-        const float4 q = reinterpret_cast<const float4*>(query)[quad];
-        even += low.x * q.x + high.x * q.z;
-        odd += low.y * q.y + high.y * q.w;
-      }
-      score = even + odd;
-    }
+    const float score = lane < rows ? row_score<T, d>(keys, query, lane) : -INFINITY;
     const float most = greatest(score);
     const float weight = exp2_fast(score - most);
 
