@@ -18,6 +18,7 @@ struct Launch {
   // Programmatic dependent launch: the kernel may start while its predecessor still runs, and
   // must call wait_for_previous() in every thread before it touches what the token changes.
   bool early = false;
+  int cluster = 1;  // blocks of the grid's x that share their memory
 };
 
 // Threads of every block call this before they read or write anything that an earlier kernel of
@@ -44,14 +45,30 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = how.stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = how.early ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (how.early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (how.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
+          name);
+  }
+  if (how.early) {
+    // Weights pass through the L1 cache on their way into registers: the kernels of a step leave it
+    // three quarters of the memory, all of them alike, if they can.
+    constexpr int kPercentShared = 28;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               kPercentShared),
           name);
   }
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);

@@ -58,8 +58,17 @@ void Step::push(const Launch& first) const {
   if (cluster_) cluster_->run(segment++, next());
   for (const Verb& verb : window_.verbs) {
     const bool wide = !cluster_ || verb.kind == Verb::Kind::head;
-    if (verb.kind == Verb::Kind::project && wide) project(verb, next());
-    if (verb.kind == Verb::Kind::attend && (wide || verb.layer == 0)) attend(verb, next());
+    // Here the projection is a part of the attention: its verb always comes right before.
+    if (verb.kind == Verb::Kind::attend) {
+      const ProjectStep projection = of_projection(verb);
+      const DecodeAttention attention = of_attention(verb);
+      if (wide && takes_attention_step(projection, attention)) {
+        attention_step(projection, attention, next());
+      } else {
+        if (wide) project_step(projection, next());
+        if (wide || verb.layer == 0) decode_attention(attention, next());
+      }
+    }
     if (verb.kind == Verb::Kind::finish && wide) finish(verb, next());
     if (verb.kind == Verb::Kind::finish && !wide && verb.layer == 0) {
       cluster_->run(segment++, next());
@@ -74,7 +83,7 @@ NewRows Step::new_rows(const Verb& verb) const {
           window.head_stride, Model::follows_history(Cache::window, verb)};
 }
 
-void Step::project(const Verb& verb, const Launch& how) const {
+ProjectStep Step::of_projection(const Verb& verb) const {
   const LayerWeights& layer = m_.layer(verb);
   auto p = of_rows<ProjectStep>();
   p.x = at<const float>(w_.step_x);
@@ -88,10 +97,10 @@ void Step::project(const Verb& verb, const Launch& how) const {
   p.rope = m_.rope;
   p.query = at<float>(w_.step_query);
   p.new_rows = new_rows(verb);
-  project_step(p, how);
+  return p;
 }
 
-void Step::attend(const Verb& verb, const Launch& how) const {
+DecodeAttention Step::of_attention(const Verb& verb) const {
   DecodeAttention a;
   a.dtype = m_.dtype;
   a.batch = static_cast<int>(m_.plan.options().batch_size);
@@ -115,7 +124,7 @@ void Step::attend(const Verb& verb, const Launch& how) const {
     a.most_rows += *verb.context == Cache::history ? history : m_.c.compressed_rows(history);
   }
   a.scratch = at<void>(w_.decode);
-  decode_attention(a, how);
+  return a;
 }
 
 void Step::finish(const Verb& verb, const Launch& how) const {

@@ -6,6 +6,7 @@
 #include "../cluster/cluster_step.h"
 #include "../model.h"
 #include "../workspace.h"
+#include "attention_step.h"
 
 namespace tlinformer::cuda {
 
@@ -27,8 +28,8 @@ class Step {
 
  private:
   NewRows new_rows(const Verb& verb) const;
-  void project(const Verb& verb, const Launch& how) const;
-  void attend(const Verb& verb, const Launch& how) const;
+  ProjectStep of_projection(const Verb& verb) const;
+  DecodeAttention of_attention(const Verb& verb) const;
   void finish(const Verb& verb, const Launch& how) const;
 
   template <class P>
