@@ -7,6 +7,7 @@
 #include "../attention/window_attention.cuh"
 #include "../cluster/ring.cuh"
 #include "attention_step.h"
+#include "weight_stream.cuh"
 
 namespace tlinformer::cuda {
 namespace {
@@ -15,7 +16,7 @@ constexpr int kHeadBlocks = 8;  // of a cluster
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMostHidden = 4 * kThreads;  // a thread normalises four elements
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+using step::ceil_div;
 
 // Shared memory of a block, in bytes: lines of weights, tiles of kUnit keys and kUnit values,
 // floats.
@@ -239,10 +240,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           element;
       send(address_in_block(address(to), own_unit % kHeadBlocks), words,
            address_in_block(row_barrier, own_unit % kHeadBlocks));
-      const int64_t slot = cache.follows_history ? position : own;
       *reinterpret_cast<uint32_t*>(static_cast<T*>(part == group ? cache.keys : cache.values) +
                                    sequence * cache.sequence_stride + head * cache.head_stride +
-                                   slot * d + element) = words;
+                                   int64_t{own} * d + element) = words;
     }
   }
   cluster::barrier_wait(row_barrier, 0);
@@ -281,13 +281,13 @@ size_t shared_bytes(const ProjectStep& p, const DecodeAttention& a) {
           .end);
 }
 
+// Code for older devices, which newer ones may run too, has nothing in it.
 bool has_clusters() {
   static const bool has = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9;
+    cudaFuncAttributes compiled{};
+    const cudaError_t status = cudaFuncGetAttributes(&compiled, tlin_attention_step<bf16, 64>);
+    if (status != cudaSuccess) cudaGetLastError();
+    return status == cudaSuccess && compiled.ptxVersion >= 90;
   }();
   return has;
 }
