@@ -16,7 +16,6 @@ from typing import NamedTuple
 # Part of a kernel's mangled name, with the architecture if it matters -> why its spills do no harm.
 EXPLAINED: dict[str, str] = {
     "tlin_prefill_attention": "values kept across the loop over keys: stored before, read after it",
-    "tlin_cluster_step": "17 warps have 96 registers each; not the default gear, tuned for d 36",
     "tlin_sample_step": "sorting keys of the general path; greedy tokens never come there",
 }
 

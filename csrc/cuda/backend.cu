@@ -89,7 +89,7 @@ class CudaBackend final : public Backend {
       fork();
       many_[1] = std::make_unique<ManyRows>(m_, w_, 1, base_, side_);
       join();
-      step_ = std::make_unique<Step>(m_, w_, base_, stream_);
+      step_ = std::make_unique<Step>(m_, w_, base_);
       step_->set_ring(ring_, kRing);
       set_state();
       push_ = std::make_unique<Graph>([&](cudaStream_t stream) { step_->push({stream, false}); });

@@ -3,12 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "attention/decode_attention.h"
 #include "attention/prefill_attention.h"
-#include "cluster/cluster_step.h"
 #include "dense/dense.h"
 #include "state.h"
 #include "step/product.h"
@@ -47,13 +44,6 @@ inline void check_supported(const Config& c, const CachePlanOptions& options) {
           "; on CUDA it must be less than ", int64_t{1} << 31);
 }
 
-// TLINFORMER_GEAR=cluster asks for one cluster of blocks between the long attentions, where the
-// model allows it. It is not the default because it is not the faster one yet.
-inline bool cluster_wanted() {
-  const char* gear = std::getenv("TLINFORMER_GEAR");
-  return gear && std::strcmp(gear, "cluster") == 0;
-}
-
 struct Workspace {
   // Of a token; B sequences.
   int64_t state = 0;       // SequenceState, (B)
@@ -71,7 +61,6 @@ struct Workspace {
   int64_t sample = 0;      // of sample_step
   int64_t step_bytes = 0;  // of all above, zeroed at creation
   int64_t tokens = 0;      // int32 (B, max_context)
-  int64_t packed = 0;      // weights as the cluster streams them; empty without a cluster
 
   // Of many rows of one sequence.
   int64_t window = 0;      // x of the window, float32 (Wog, D)
@@ -89,7 +78,6 @@ struct Workspace {
   };
   Lane lanes[2];  // the pieces of a history go through two lanes in turn
   int64_t attention_bytes = 0;
-  bool cluster = false;
   int64_t bytes = 0;
 
   static Workspace layout(const Config& c, const CachePlan& plan) {
@@ -124,8 +112,6 @@ struct Workspace {
     w.sample = take(sample_scratch(static_cast<int>(batch), static_cast<int>(v)));
     w.step_bytes = w.bytes;
     w.tokens = take(batch * options.max_context * 4);
-    w.cluster = batch == 1 && cluster_wanted() && ClusterStep::supports(c, options.dtype, wog, woh);
-    w.packed = take(w.cluster ? ClusterStep::packed_bytes(c) : 0);
     w.window = take(padded_rows(wog) * d * 4);
     w.compressed = take(padded_rows(woh) * d * 4);
     w.biases = take(c.num_layers() * d * 4);

@@ -329,7 +329,8 @@ void decode_attention_of(const DecodeAttention& a, uint32_t* arrivals, float* pa
   switch (a.head_dim) {
 #define TLINFORMER_CASE(D)                                                             \
   case D:                                                                              \
-    if (takes_window_attention(a)) return launch_window_attention<T, D>(a, how);       \
+    if (const int blocks = window_attention_blocks<D>(a))                              \
+      return launch_window_attention<T, D>(a, blocks, how);                            \
     if (!grouped) return launch_decode_attention<T, D, 1>(a, arrivals, partials, how); \
     return launch_decode_attention<T, D, heads_of_pass(D, true)>(a, arrivals, partials, how);
     TLINFORMER_HEAD_SIZES(TLINFORMER_CASE)

@@ -1,38 +1,20 @@
-// The decode attention of layers that read few rows, compressed history and window: one block for
-// a head, which has its rows in shared memory before the query exists.
+// The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
+// in shared memory before the query exists, and send each other the softmaxes of their rows.
 #pragma once
 
+#include <algorithm>
+
+#include "../dsmem.cuh"
 #include "decode_attention.h"
+#include "row_copy.cuh"
 #include "row_score.cuh"
 
 namespace tlinformer::cuda {
 
-constexpr int kWindowThreads = 512;
-constexpr int kUnit = 32;  // rows that a warp attends to at a time
-
-__device__ inline void copy_async(void* to, const void* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-
-// Elements begin ... end - 1, both even, by `threads` threads; whole vectors of 16 bytes do not
-// wait.
-template <class T>
-__device__ void copy_rows(T* to, const void* from, int begin, int end, int thread = threadIdx.x,
-                          int threads = kWindowThreads) {
-  const T* source = static_cast<const T*>(from);
-  const int first = (begin + 7) / 8 * 8, last = end / 8 * 8;
-  for (int i = first + 8 * thread; i < last; i += 8 * threads) {
-    copy_async(to + i, source + i);
-  }
-  // What is left before the first vector and behind the last.
-  const int head_end = min(first, end), tail = max(last, head_end);
-  const int words = (head_end - begin) / 2 + (end - tail) / 2;
-  for (int i = thread; i < words; i += threads) {
-    const int at = 2 * i < head_end - begin ? begin + 2 * i : tail + 2 * i - (head_end - begin);
-    *reinterpret_cast<uint32_t*>(to + at) = __ldcg(reinterpret_cast<const uint32_t*>(source + at));
-  }
-}
+constexpr int kWindowWarps = 16, kWindowThreads = 32 * kWindowWarps;
+constexpr int kUnit = 32;          // rows that a warp attends to at a time
+constexpr int kTilesOfWarp = 2;    // at most, each of one unit
+constexpr int kWindowCluster = 8;  // most blocks of a head
 
 // Up to 32 rows against one query. put(i, pair) stores floats 2 i and 2 i + 1 of a record: greatest
 // score, sum of the weights relative to it, weighted sum of the values.
@@ -94,106 +76,199 @@ __device__ inline float merge_units(const float* records, int begin, int end, in
   return mixed / sum;
 }
 
-// Rows in shared memory, in elements: keys and values of the context, then of the window.
-struct RowPlaces {
-  int context_values, window_keys, window_values, end;
-  __host__ __device__ RowPlaces(int context_rows, int window_rows, int d) {
-    context_values = (context_rows * d + 7) / 8 * 8;
-    window_keys = 2 * context_values;
-    window_values = window_keys + (window_rows * d + 7) / 8 * 8;
-    end = window_values + window_values - window_keys;
-  }
-};
+// What a block of `blocks` for a head keeps, in bytes: tiles of a unit's keys and values, floats.
+template <int d>
+struct WindowPlaces {
+  // The first of an odd number of rows may lie behind one more, where copies may begin.
+  static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
+  static constexpr int kTileBytes = ((kUnit + kAligned - 1) * d * 2 + 15) / 16 * 16;
+  int units;  // most of a head
+  int tiles, queries, records, end;
 
-// Enough for any share of context and window.
-inline size_t window_attention_bytes(const DecodeAttention& a) {
-  const size_t rows = static_cast<size_t>(a.most_rows), d = static_cast<size_t>(a.head_dim);
-  const size_t group = static_cast<size_t>(a.query_heads / a.kv_heads);
-  return 4 * (rows * d + 16) + 4 * group * (d + (rows / kUnit + 2) * (d + 2));
-}
+  __host__ __device__ WindowPlaces(int most_rows, int group, int blocks) {
+    units = most_rows / kUnit + 2;
+    tiles = (units + blocks - 1) / blocks;
+    queries = tiles * 2 * kTileBytes;
+    records = queries + group * d * 4;
+    end = records + (group + blocks - 1) / blocks * units * (d + 2) * 4;
+  }
+  bool fits() const { return tiles <= kTilesOfWarp * kWindowWarps && end <= 160 * 1024; }
+};
 
 template <class T, int d>
 __global__ void __launch_bounds__(kWindowThreads, 1)
-    tlin_window_attention(const __grid_constant__ DecodeAttention a) {
+    tlin_window_attention(const __grid_constant__ DecodeAttention a, int blocks) {
+  using Places = WindowPlaces<d>;
   let_next_start();
-  extern __shared__ uint4 shared[];
-  T* const rows = reinterpret_cast<T*>(shared);
-  const int head = blockIdx.x, sequence = blockIdx.y, group = a.query_heads / a.kv_heads;
+  extern __shared__ __align__(128) char memory[];
+  __shared__ uint64_t arrived[kTilesOfWarp * kWindowWarps], all_records;
+  const int head = blockIdx.x / blocks, block = blockIdx.x % blocks, sequence = blockIdx.y;
+  const int group = a.query_heads / a.kv_heads;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
-  const auto base = [&](const void* data, const CachedRows& of) {
-    return static_cast<const T*>(data) + sequence * of.sequence_stride + head * of.head_stride;
-  };
+  const Places places(most, group, blocks);
+  float* const queries = reinterpret_cast<float*>(memory + places.queries);
+  float* const records = reinterpret_cast<float*>(memory + places.records);
+  const uint32_t record_barrier = shared_address(&all_records);
+  if (lane < kTilesOfWarp) prepare_copies(&arrived[warp + lane * kWindowWarps]);
+  if (threadIdx.x == 0 && blocks > 1) dsmem::barrier_init(record_barrier, 1);
+  __syncwarp();
+  if (blocks > 1) dsmem::arrive_at_blocks();
 
   // Before the token's own row exists: all others are where they will be. Only `last` may be one
   // behind; then the window's last row but one comes later, too.
   const volatile SequenceState* state = a.state + sequence;
-  const int compressed =
-      a.context_rows == ContextRows::compressed ? min(max(state->compressed, 0), most) : 0;
-  const int cached = static_cast<int>(
-      min(max(state->last - state->history, int64_t{0}), int64_t{most - compressed}));
-  const RowPlaces places(compressed, most - compressed, d);
-  const T* const window_keys = base(a.window.keys, a.window);
-  const T* const window_values = base(a.window.values, a.window);
-  if (compressed > 0) {
-    copy_rows(rows, base(a.context.keys, a.context), 0, compressed * d);
-    copy_rows(rows + places.context_values, base(a.context.values, a.context), 0, compressed * d);
+  const int history = static_cast<int>(state->history);
+  const int context =
+      a.context_rows == ContextRows::none
+          ? 0
+          : min(max(a.context_rows == ContextRows::history ? history : state->compressed, 0), most);
+  const int cached =
+      static_cast<int>(min(max(state->last - history, int64_t{0}), int64_t{most - context}));
+  const int first_row = a.window_follows_history ? history : 0;
+  const int context_units = (context + kUnit - 1) / kUnit;
+  struct Unit {
+    bool of_context;
+    int first;  // of its rows
+  };
+  const auto unit_of = [&](int tile) {
+    const int unit = block + tile * blocks;
+    const bool of_context = unit < context_units;
+    return Unit{of_context, (of_context ? unit : unit - context_units) * kUnit};
+  };
+  // Row 0 of the unit in shared memory.
+  const auto keys_of = [&](int tile, const Unit& unit) {
+    const int shift = unit.of_context ? 0 : first_row % Places::kAligned;
+    return reinterpret_cast<T*>(memory + tile * 2 * Places::kTileBytes) + shift * d;
+  };
+  constexpr int kValues = Places::kTileBytes / static_cast<int>(sizeof(T));  // behind the keys
+  const auto from = [&](const CachedRows& rows, const void* data, int64_t row) {
+    return static_cast<const T*>(data) + sequence * rows.sequence_stride + head * rows.head_stride +
+           row * d;
+  };
+  uint32_t copied = 0;  // tiles of this warp that copies fill, a bit each
+#pragma unroll 1
+  for (int i = 0; i < kTilesOfWarp; ++i) {
+    const int tile = warp + i * kWindowWarps;
+    const Unit unit = unit_of(tile);
+    const int rows = min(kUnit, (unit.of_context ? context : cached) - unit.first);
+    if (rows <= 0) continue;
+    const int shift = unit.of_context ? 0 : first_row % Places::kAligned;
+    const CachedRows& of = unit.of_context ? a.context : a.window;
+    const int64_t row = unit.first - shift + (unit.of_context ? 0 : first_row);
+    char* const to = memory + tile * 2 * Places::kTileBytes;
+    copy_tile(to, from(of, of.keys, row), to + Places::kTileBytes, from(of, of.values, row),
+              ((shift + rows) * d * 2 + 15) / 16 * 16, &arrived[tile], lane);
+    copied |= 1u << i;
   }
-  const int begun = cached * d / 8 * 8;
-  copy_rows(rows + places.window_keys, window_keys, 0, begun);
-  copy_rows(rows + places.window_values, window_values, 0, begun);
+  // The other blocks have started: their barriers are there.
+  if (blocks > 1) dsmem::wait_for_blocks();
 
   wait_for_previous();
   const bool live = state->live != 0;
-  const int window = static_cast<int>(state->last - state->history) + 1;
-  float* const queries = reinterpret_cast<float*>(rows + places.end);
-  float* const records = queries + group * d;
+  const int own = static_cast<int>(state->last - history);
   if (live) {
-    const float* from = a.query + (int64_t{sequence} * a.query_heads + head * group) * d;
-    for (int i = threadIdx.x; i < group * d; i += kWindowThreads) queries[i] = __ldcg(from + i);
-    copy_rows(rows + places.window_keys, window_keys, begun, window * d);
-    copy_rows(rows + places.window_values, window_values, begun, window * d);
+    const float* of_head = a.query + (int64_t{sequence} * a.query_heads + head * group) * d;
+    for (int i = threadIdx.x; i < group * d; i += kWindowThreads) queries[i] = __ldcg(of_head + i);
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll 1
+  for (int i = 0; i < kTilesOfWarp; ++i) {
+    if (copied >> i & 1) await_tile<kTilesOfWarp>(&arrived[warp + i * kWindowWarps], 0, false);
+  }
   if (!live) return;
-  __syncthreads();
-
-  const int context_units = (compressed + kUnit - 1) / kUnit;
+  const int window = own + 1;
   const int units = context_units + (window + kUnit - 1) / kUnit;
   constexpr int kRecord = d + 2;
-  for (int unit = threadIdx.x / 32; unit < units; unit += kWindowThreads / 32) {
-    const bool of_context = unit < context_units;
-    const int first = (of_context ? unit : unit - context_units) * kUnit;
-    const T* keys = rows + (of_context ? 0 : places.window_keys) + first * d;
-    const T* values =
-        rows + (of_context ? places.context_values : places.window_values) + first * d;
-    const int here = min(kUnit, (of_context ? compressed : window) - first);
-    for (int i = 0; i < group; ++i) {
-      float* const record = records + (i * units + unit) * kRecord;
-      attend_unit<T, d>(keys, values, here, queries + i * d,
-                        [&](int at, float2 pair) { reinterpret_cast<float2*>(record)[at] = pair; });
+  const int merged = block < group ? (group - block + blocks - 1) / blocks : 0;  // queries
+  if (threadIdx.x == 0 && blocks > 1 && merged > 0) {
+    dsmem::barrier_expect(record_barrier, merged * units * kRecord * 4);
+  }
+  // Rows that no copy has brought.
+#pragma unroll 1
+  for (int row = cached; row <= own; ++row) {
+    const int unit = context_units + row / kUnit, tile = unit / blocks;
+    if (unit % blocks != block || tile % kWindowWarps != warp) continue;
+    T* const keys = keys_of(tile, unit_of(tile)) + row % kUnit * d;
+    const T* const new_keys = from(a.window, a.window.keys, first_row + row);
+    const T* const new_values = from(a.window, a.window.values, first_row + row);
+    for (int i = 2 * lane; i < d; i += 64) {
+      const uint32_t key = __ldcg(reinterpret_cast<const uint32_t*>(new_keys + i));
+      const uint32_t value = __ldcg(reinterpret_cast<const uint32_t*>(new_values + i));
+      *reinterpret_cast<uint32_t*>(keys + i) = key;
+      *reinterpret_cast<uint32_t*>(keys + kValues + i) = value;
     }
   }
   __syncthreads();
+
+#pragma unroll 1
+  for (int tile = warp; block + tile * blocks < units; tile += kWindowWarps) {
+    const Unit unit = unit_of(tile);
+    const T* const keys = keys_of(tile, unit);
+    const int here = min(kUnit, (unit.of_context ? context : window) - unit.first);
+    for (int i = 0; i < group; ++i) {
+      float* const record = records + (i / blocks * places.units + block + tile * blocks) * kRecord;
+      const uint32_t to = dsmem::address_in_block(shared_address(record), i % blocks);
+      const uint32_t barrier = dsmem::address_in_block(record_barrier, i % blocks);
+      attend_unit<T, d>(keys, keys + kValues, here, queries + i * d, [&](int at, float2 pair) {
+        if (blocks > 1) {
+          dsmem::send(to + 8 * at, {__float_as_uint(pair.x), __float_as_uint(pair.y)}, barrier);
+        } else {
+          reinterpret_cast<float2*>(record)[at] = pair;
+        }
+      });
+    }
+  }
+  if (merged == 0) return;
+  if (blocks > 1) {
+    dsmem::barrier_wait(record_barrier, 0);
+  } else {
+    __syncthreads();
+  }
   T* const to = static_cast<T*>(a.output) + (int64_t{sequence} * a.query_heads + head * group) * d;
-  for (int i = threadIdx.x; i < group * d; i += kWindowThreads) {
-    const float* of_query = records + i / d * units * kRecord;
-    to[i] = from_float<T>(merge_units(of_query, 0, context_units, kRecord, i % d) +
-                          merge_units(of_query, context_units, units, kRecord, i % d));
+  for (int i = threadIdx.x; i < merged * d; i += kWindowThreads) {
+    const int query = block + i / d * blocks, column = i % d;
+    const float* of_query = records + i / d * places.units * kRecord;
+    to[query * d + column] =
+        from_float<T>(merge_units(of_query, 0, context_units, kRecord, column) +
+                      merge_units(of_query, context_units, units, kRecord, column));
   }
 }
 
-// Whether the rows fit; they must begin where vectors of 16 bytes do.
-inline bool takes_window_attention(const DecodeAttention& a) {
-  constexpr size_t kRoom = 160 * 1024;
-  return a.context_rows != ContextRows::history && !a.window_follows_history && a.most_rows > 0 &&
-         a.most_rows < 4096 && window_attention_bytes(a) <= kRoom;
+// Code for older devices, which newer ones may run too, has no clusters.
+inline bool has_clusters() {
+  static const bool has = [] {
+    cudaFuncAttributes compiled{};
+    const cudaError_t status = cudaFuncGetAttributes(&compiled, tlin_window_attention<bf16, 64>);
+    if (status != cudaSuccess) cudaGetLastError();
+    return status == cudaSuccess && compiled.ptxVersion >= 90;
+  }();
+  return has;
+}
+
+// Blocks of a head: so few rows in each that its warps take one unit each, if there may be so many.
+// None where the rows do not fit.
+template <int d>
+int window_attention_blocks(const DecodeAttention& a) {
+  if (a.most_rows <= 0 || a.most_rows > kUnit * kTilesOfWarp * kWindowWarps * kWindowCluster) {
+    return 0;
+  }
+  const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
+  const int most = has_clusters() ? kWindowCluster : 1;
+  const bool busy = a.batch * a.kv_heads > multiprocessors() / 2;  // one block of each head serves
+  int blocks = 1;
+  while (!busy && blocks < most && rows > blocks * kUnit * kWindowWarps) blocks *= 2;
+  while (blocks < most && !WindowPlaces<d>(rows, group, blocks).fits()) blocks *= 2;
+  return WindowPlaces<d>(rows, group, blocks).fits() ? blocks : 0;
 }
 
 template <class T, int d>
-void launch_window_attention(const DecodeAttention& a, const Launch& how) {
-  launch(how, tlin_window_attention<T, d>, "window attention",
-         dim3(static_cast<unsigned>(a.kv_heads), static_cast<unsigned>(a.batch)), kWindowThreads,
-         window_attention_bytes(a), a);
+void launch_window_attention(const DecodeAttention& a, int blocks, const Launch& how) {
+  Launch clusters = how;
+  clusters.cluster = blocks;
+  const WindowPlaces<d> places(static_cast<int>(a.most_rows), a.query_heads / a.kv_heads, blocks);
+  launch(clusters, tlin_window_attention<T, d>, "window attention",
+         dim3(static_cast<unsigned>(a.kv_heads * blocks), static_cast<unsigned>(a.batch)),
+         kWindowThreads, static_cast<size_t>(places.end), a, blocks);
 }
 
 }  // namespace tlinformer::cuda

@@ -2,7 +2,7 @@
 
 namespace tlinformer::cuda {
 
-Step::Step(const Model& model, const Workspace& workspace, char* base, cudaStream_t stream)
+Step::Step(const Model& model, const Workspace& workspace, char* base)
     : m_(model), w_(workspace), base_(base), window_(window_program(model.c)) {
   sample_.dtype = m_.dtype;
   sample_.batch = static_cast<int>(m_.plan.options().batch_size);
@@ -21,23 +21,7 @@ Step::Step(const Model& model, const Workspace& workspace, char* base, cudaStrea
   sample_.x = at<float>(w_.step_x);
   sample_.draws = at<int64_t>(w_.draws);
   sample_.scratch = at<void>(w_.sample);
-  if (!w_.cluster) return;
-  std::vector<ClusterLayer> layers;
-  for (const Verb& verb : window_.verbs) {
-    if (verb.kind != Verb::Kind::project) continue;
-    layers.push_back({m_.layer(verb), new_rows(verb),
-                      verb.layer > 0 ? m_.rows(Cache::context, verb) : CachedRows{}});
-  }
-  const CachePlanOptions& options = m_.plan.options();
-  const int64_t history = m_.c.history_at(options.max_context - 1);
-  cluster_ = std::make_unique<ClusterStep>(
-      m_.c, m_.dtype, layers,
-      ClusterBuffers{sample_.state, sample_.x, at<float>(w_.step_query), at<void>(w_.attended),
-                     at<void>(w_.packed)},
-      std::min(m_.c.generation_window, options.max_context), m_.c.compressed_rows(history), stream);
 }
-
-Step::~Step() = default;
 
 void Step::set_ring(int32_t* ring, int64_t rows) {
   sample_.ring = ring;
@@ -54,37 +38,29 @@ void Step::push(const Launch& first) const {
     how.early = true;
     return now;
   };
-  int segment = 0;
-  if (cluster_) cluster_->run(segment++, next());
   for (const Verb& verb : window_.verbs) {
-    const bool wide = !cluster_ || verb.kind == Verb::Kind::head;
-    // Here the projection is a part of the attention: its verb always comes right before.
-    if (verb.kind == Verb::Kind::attend) {
-      const ProjectStep projection = of_projection(verb);
-      const DecodeAttention attention = of_attention(verb);
-      if (wide && takes_attention_step(projection, attention)) {
-        attention_step(projection, attention, next());
-      } else {
-        if (wide) project_step(projection, next());
-        if (wide || verb.layer == 0) decode_attention(attention, next());
-      }
+    switch (verb.kind) {
+      case Verb::Kind::project:
+        project(verb, next());
+        break;
+      case Verb::Kind::attend:
+        attend(verb, next());
+        break;
+      case Verb::Kind::finish:
+        finish(verb, next());
+        break;
+      case Verb::Kind::head:
+        head(next());
+        break;
+      default:  // the sampler has stored x
+        break;
     }
-    if (verb.kind == Verb::Kind::finish && wide) finish(verb, next());
-    if (verb.kind == Verb::Kind::finish && !wide && verb.layer == 0) {
-      cluster_->run(segment++, next());
-    }
-    if (verb.kind == Verb::Kind::head) head(next());
   }
 }
 
-NewRows Step::new_rows(const Verb& verb) const {
-  const CachedRows window = m_.rows(Cache::window, verb);
-  return {const_cast<void*>(window.keys), const_cast<void*>(window.values), window.sequence_stride,
-          window.head_stride, Model::follows_history(Cache::window, verb)};
-}
-
-ProjectStep Step::of_projection(const Verb& verb) const {
+void Step::project(const Verb& verb, const Launch& how) const {
   const LayerWeights& layer = m_.layer(verb);
+  const CachedRows window = m_.rows(Cache::window, verb);
   auto p = of_rows<ProjectStep>();
   p.x = at<const float>(w_.step_x);
   p.hidden_size = m_.hidden();
@@ -96,11 +72,13 @@ ProjectStep Step::of_projection(const Verb& verb) const {
   p.head_dim = m_.head_dim();
   p.rope = m_.rope;
   p.query = at<float>(w_.step_query);
-  p.new_rows = new_rows(verb);
-  return p;
+  p.new_rows = {const_cast<void*>(window.keys), const_cast<void*>(window.values),
+                window.sequence_stride, window.head_stride,
+                Model::follows_history(Cache::window, verb)};
+  project_step(p, how);
 }
 
-DecodeAttention Step::of_attention(const Verb& verb) const {
+void Step::attend(const Verb& verb, const Launch& how) const {
   DecodeAttention a;
   a.dtype = m_.dtype;
   a.batch = static_cast<int>(m_.plan.options().batch_size);
@@ -124,7 +102,7 @@ DecodeAttention Step::of_attention(const Verb& verb) const {
     a.most_rows += *verb.context == Cache::history ? history : m_.c.compressed_rows(history);
   }
   a.scratch = at<void>(w_.decode);
-  return a;
+  decode_attention(a, how);
 }
 
 void Step::finish(const Verb& verb, const Launch& how) const {

@@ -1,20 +1,14 @@
-// A token through the model: which kernels run, in two gears.
+// A token through the model: which kernels run.
 #pragma once
 
-#include <memory>
-
-#include "../cluster/cluster_step.h"
 #include "../model.h"
 #include "../workspace.h"
-#include "attention_step.h"
 
 namespace tlinformer::cuda {
 
 class Step {
  public:
-  // Packs the weights for the cluster on `stream` where the workspace has room for that.
-  Step(const Model& model, const Workspace& workspace, char* base, cudaStream_t stream);
-  ~Step();
+  Step(const Model& model, const Workspace& workspace, char* base);
 
   // Draws the tokens of live sequences, or takes the given ones; either sets x.
   void sample(const Launch& how) const;
@@ -27,9 +21,8 @@ class Step {
   void set_ring(int32_t* ring, int64_t rows);
 
  private:
-  NewRows new_rows(const Verb& verb) const;
-  ProjectStep of_projection(const Verb& verb) const;
-  DecodeAttention of_attention(const Verb& verb) const;
+  void project(const Verb& verb, const Launch& how) const;
+  void attend(const Verb& verb, const Launch& how) const;
   void finish(const Verb& verb, const Launch& how) const;
 
   template <class P>
@@ -50,7 +43,6 @@ class Step {
   char* base_;
   Stage window_;
   SampleStep sample_;
-  std::unique_ptr<ClusterStep> cluster_;
 };
 
 }  // namespace tlinformer::cuda

@@ -18,6 +18,17 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 // The same value in all lanes, and known to be: all lanes must call.
 __device__ inline int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
+// Zeros if not `inside`. Not ld.global.nc, which the assembler moves behind wait_for_previous().
+__device__ inline uint4 load_vector(const void* from, bool inside) {
+  uint4 v = {0, 0, 0, 0};
+  asm volatile(
+      "{ .reg .pred inside; setp.ne.s32 inside, %5, 0;\n"
+      "@inside ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(int{inside}));
+  return v;
+}
+
 // Results of a warp: of 16 outputs of each matrix for NT x 8 rows, as mma leaves them.
 template <int MATRICES, int NT>
 struct Sums {
@@ -125,22 +136,14 @@ class WeightStream {
     }
   }
 
-  // Zeros if not `inside`. Not ld.global.nc, which the assembler moves behind wait_for_previous().
   __device__ uint4 load_once(const T* from, bool inside) const {
+    if constexpr (!ONCE) return load_vector(from, inside);
     uint4 v = {0, 0, 0, 0};
-    if constexpr (ONCE) {
-      asm volatile(
-          "{ .reg .pred inside; setp.ne.s32 inside, %6, 0;\n"
-          "@inside ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5; }"
-          : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-          : "l"(from), "l"(policy_), "r"(int{inside}));
-    } else {
-      asm volatile(
-          "{ .reg .pred inside; setp.ne.s32 inside, %5, 0;\n"
-          "@inside ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-          : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-          : "l"(from), "r"(int{inside}));
-    }
+    asm volatile(
+        "{ .reg .pred inside; setp.ne.s32 inside, %6, 0;\n"
+        "@inside ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5; }"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(from), "l"(policy_), "r"(int{inside}));
     return v;
   }
 
