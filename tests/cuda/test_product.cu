@@ -178,7 +178,11 @@ void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
   p.query_heads = s.query_heads;
   p.kv_heads = s.kv_heads;
   p.head_dim = d;
-  for (int i = 0; i < d / 2; ++i) p.rope.turns[i] = std::pow(10000.0, -2.0 * i / d) / (2 * M_PI);
+  std::vector<float2> rotations;  // any that are no plain numbers
+  for (int i = 0; i < batch * d / 2; ++i)
+    rotations.push_back({std::cos(float(i)), std::sin(float(i))});
+  const gpu::Array<float2> device_rotations(rotations);
+  p.rotations = device_rotations.data();
   p.query = device_query.data();
   p.new_rows = {device_keys.data(), device_values.data(), stride, head_stride, follows_history};
   project_step(p, kPlain);
@@ -208,11 +212,10 @@ void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
       double tolerance =
           a.tolerance<T>() + b.tolerance<T>() + 1e-5 * (std::fabs(first) + std::fabs(second));
       if (output < queries + keys) {
-        const double turns = p.rope.turns[output % d / 2] * static_cast<double>(state.last);
-        const double angle = 2 * M_PI * (turns - std::floor(turns));
+        const float2 by = rotations[(row * d + output % d) / 2];
         const double x = first, y = second;
-        first = x * std::cos(angle) - y * std::sin(angle);
-        second = x * std::sin(angle) + y * std::cos(angle);
+        first = x * by.x - y * by.y;
+        second = x * by.y + y * by.x;
       }
       if (output < queries) {
         const double scale = 1.4426950408889634 / std::sqrt(static_cast<double>(d));
@@ -459,7 +462,8 @@ void bench(const char* name, const Sizes& s, int batch) {
   project.query_heads = s.query_heads;
   project.kv_heads = s.kv_heads;
   project.head_dim = s.head_dim;
-  for (int i = 0; i < s.head_dim / 2; ++i) project.rope.turns[i] = 0.1 / (i + 1);
+  const gpu::Array<float2> rotations(std::vector<float2>(batch * s.head_dim / 2, {0.6f, 0.8f}));
+  project.rotations = rotations.data();
   project.query = query.data();
   const int64_t head_stride = 256 * s.head_dim;
   project.new_rows = {cache.data(), cache.data() + cache.size() / 2, s.kv_heads * head_stride,

@@ -18,6 +18,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr size_t kRingRows = 7;
+constexpr int kPairs = 18;
 
 cudaStream_t stream;
 
@@ -45,6 +46,7 @@ struct Sequences {
   Array<T> embed_d;
   Array<DeviceSampling> sampling_d;
   Array<int64_t> draws_d;
+  Array<float2> rotations_d;
   Array<char> scratch_d;
   int32_t* ring = nullptr;
   SampleStep step;
@@ -70,6 +72,7 @@ struct Sequences {
         embed_d(embed),
         sampling_d(1),
         draws_d(one(draws)),
+        rotations_d(rows * kPairs),
         scratch_d(std::vector<char>(
             static_cast<size_t>(sample_scratch(static_cast<int>(rows), static_cast<int>(vocab))))) {
     check(cudaHostAlloc(&ring, kRingRows * rows * sizeof(int32_t), cudaHostAllocMapped), "ring");
@@ -102,6 +105,9 @@ struct Sequences {
     step.ring = ring;
     step.ring_rows = kRingRows;
     step.draws = draws_d.data();
+    for (int i = 0; i < kPairs; ++i) step.rope.turns[i] = 0.1234 / (i + 1);
+    step.pairs = kPairs;
+    step.rotations = rotations_d.data();
     step.scratch = scratch_d.data();
     upload();
   }
@@ -131,6 +137,15 @@ struct Sequences {
   void use(const SamplingParams& p) {
     sampling_d.set(one(
         DeviceSampling{p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.top_k, p.seed}));
+  }
+
+  void check_rotations(size_t b, int64_t position) const {
+    const auto got = rotations_d.get();
+    for (int i = 0; i < kPairs; ++i) {
+      const double angle = 2 * M_PI * step.rope.turns[i] * static_cast<double>(position);
+      CHECK_CLOSE(got[b * kPairs + i].x, std::cos(angle), 2e-6);
+      CHECK_CLOSE(got[b * kPairs + i].y, std::sin(angle), 2e-6);
+    }
   }
 
   void started(size_t b, int32_t token) {
@@ -167,6 +182,7 @@ struct Sequences {
       different += got != sampler.draw(row, static_cast<int64_t>(vocab), p, flags,
                                        static_cast<int64_t>(b), s.last + 1);
       s.last += 1;
+      check_rotations(b, s.last);
       tokens[b * stride + static_cast<size_t>(s.last)] = got;
       if (flags) flags[got] = kSeen;
       if (stops[static_cast<size_t>(got)]) s.live = 2;
@@ -182,6 +198,7 @@ struct Sequences {
     for (size_t b = 0; b < batch; ++b) {
       if (state[b].live == 0) continue;
       state[b].last += 1;
+      check_rotations(b, state[b].last);
       started(b, tokens[b * stride + static_cast<size_t>(state[b].last)]);
     }
     CHECK(std::all_of(ring, ring + kRingRows * batch, [](int32_t t) { return t == kPending; }));

@@ -341,15 +341,17 @@ void decode_attention_of(const DecodeAttention& a, uint32_t* arrivals, float* pa
 }
 
 // A block fills a multiprocessor. The memory is busy without a few of them, which are left to
-// blocks of the kernels before and after.
+// blocks of the kernels before and after where those take a good part of the time.
 constexpr int kSpareMultiprocessors = 16;
+constexpr int64_t kManyBytes = int64_t{512} << 20;
 
 int blocks_for(const DecodeAttention& a) {
   const int all = multiprocessors();
   if (a.blocks > 0) return std::min(a.blocks, all);
-  const int most = all > 4 * kSpareMultiprocessors ? all - kSpareMultiprocessors : all;
-  if (a.most_rows == 0) return most;
   const int64_t rows = int64_t{a.batch} * a.kv_heads * passes_of_head(a) * a.most_rows;
+  const bool spare = all > 4 * kSpareMultiprocessors && rows * a.head_dim * 4 < kManyBytes;
+  const int most = spare ? all - kSpareMultiprocessors : all;
+  if (a.most_rows == 0) return most;
   const int tile = rows_of_tile(a.head_dim);
   return static_cast<int>(std::min<int64_t>(most, (rows + tile - 1) / tile));
 }

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../rope.cuh"
 #include "folded_norm.cuh"
 #include "normed_rows.cuh"
 #include "product.h"
@@ -73,9 +74,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   const volatile SequenceState& state = p.state[min(outlet.row, p.batch - 1)];
   const bool live = state.live != 0;
   const int64_t position = state.last, history = state.history;
-  rows.measure();
   float2 turn = {1, 0};
-  if (inside) turn = rotation(p.rope.turns[element / 2], position);
+  if (inside) turn = __ldcg(p.rotations + (outlet.row * p.head_dim + element) / 2);
+  rows.measure();
   rows.normalise();
   auto&& inputs = rows.inputs();
   Sums<1, NT> sums;
@@ -264,6 +265,7 @@ ProjectStep from_row(ProjectStep p, int64_t row) {
   p.state += row;
   p.x += row * p.hidden_size;
   p.query += row * p.query_heads * p.head_dim;
+  p.rotations += row * p.head_dim / 2;
   const int64_t bytes = row * p.new_rows.sequence_stride * size_of(p.dtype);
   p.new_rows.keys = static_cast<char*>(p.new_rows.keys) + bytes;
   p.new_rows.values = static_cast<char*>(p.new_rows.values) + bytes;

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "../launch.cuh"
-#include "../rope.cuh"
 #include "../state.h"
 #include "tlinformer/config.h"
 
@@ -40,8 +39,8 @@ struct ProjectStep : StepRows {
   const void* weight = nullptr;  // ((Hq + 2 Hkv) d, D)
   const void* bias = nullptr;
   int query_heads = 0, kv_heads = 0, head_dim = 0;
-  Rope rope{};
-  float* query = nullptr;  // (batch, Hq d), rotated, times log2(e) / sqrt(d)
+  const float2* rotations = nullptr;  // (batch, d / 2): cos, sin of each pair at state.last
+  float* query = nullptr;             // (batch, Hq d), rotated, times log2(e) / sqrt(d)
   NewRows new_rows{};
 };
 void project_step(const ProjectStep& p, const Launch& how);

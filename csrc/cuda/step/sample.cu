@@ -64,6 +64,14 @@ __device__ int32_t draw(const SampleStep& s, int row, int64_t position, Candidat
   return Draw(of, sampling, logit, shared).token(uniform(sampling.seed, row, position));
 }
 
+// At the position of the new token, which is known before the token; by all of `threads`.
+__device__ void rotate_row(const SampleStep& s, int row, int64_t position, int thread,
+                           int threads) {
+  for (int i = thread; i < s.pairs; i += threads) {
+    s.rotations[row * s.pairs + i] = rotation(s.rope.turns[i], position);
+  }
+}
+
 template <class T>
 __device__ void start_row(const SampleStep& s, int row, int32_t token, int threads) {
   const int chunks = s.hidden_size / 8;
@@ -142,6 +150,7 @@ __global__ void __launch_bounds__(kThreads) tlin_sample_step(const __grid_consta
   }
   const bool live = state.live == 1, greedy = temperature == 0 && penalty == 1;
   const int threads = live && !greedy ? kThreads : kFew;
+  if (threadIdx.x >= kFew) rotate_row(s, row, state.last + 1, threadIdx.x - kFew, kThreads - kFew);
   if (threadIdx.x >= threads) return;
   if (live && (!greedy || isnan(best.logit))) {
     draw_and_finish<T>(s, best, threads);
@@ -159,6 +168,7 @@ __global__ void __launch_bounds__(kFew) tlin_feed_step(const __grid_constant__ S
   if (state.live == 0) return;
   const int64_t position = state.last + 1;
   start_row<T>(s, row, s.tokens[row * s.token_stride + position], kFew);
+  rotate_row(s, row, position, threadIdx.x, kFew);
   __syncthreads();  // every thread has read the state
   if (threadIdx.x == 0) s.state[row].last = position;
 }

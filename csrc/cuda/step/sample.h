@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../launch.cuh"
+#include "../rope.cuh"
 #include "../state.h"
 #include "product.h"
 #include "tlinformer/config.h"
@@ -35,6 +36,9 @@ struct SampleStep {
   int64_t token_stride = 0;
   const void* embed = nullptr;  // (V, D)
   float* x = nullptr;           // (batch, D) <- the new token's row of embed
+  Rope rope{};
+  int pairs = 0;                // d / 2
+  float2* rotations = nullptr;  // (batch, pairs) <- cos, sin of each pair at position last + 1
   // Ring in pinned host memory, (ring_rows, batch): the drawn token, or -2 - (its first NaN's
   // index) for logits with NaN; the host waits for a value other than kPending. Draw number
   // *draws goes to row *draws % ring_rows; the kernel then increments *draws (one for the batch).

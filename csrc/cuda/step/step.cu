@@ -19,6 +19,9 @@ Step::Step(const Model& model, const Workspace& workspace, char* base)
   sample_.token_stride = m_.plan.options().max_context;
   sample_.embed = m_.weights.embed_tokens;
   sample_.x = at<float>(w_.step_x);
+  sample_.rope = m_.rope;
+  sample_.pairs = m_.head_dim() / 2;
+  sample_.rotations = at<float2>(w_.rotations);
   sample_.draws = at<int64_t>(w_.draws);
   sample_.scratch = at<void>(w_.sample);
 }
@@ -70,7 +73,7 @@ void Step::project(const Verb& verb, const Launch& how) const {
   p.query_heads = m_.heads();
   p.kv_heads = m_.kv_heads();
   p.head_dim = m_.head_dim();
-  p.rope = m_.rope;
+  p.rotations = at<const float2>(w_.rotations);
   p.query = at<float>(w_.step_query);
   p.new_rows = {const_cast<void*>(window.keys), const_cast<void*>(window.values),
                 window.sequence_stride, window.head_stride,
