@@ -80,6 +80,7 @@ struct Problem {
   std::vector<float> x;
   std::vector<T> norm_weight, norm_bias;
   std::vector<double> normed;  // rounded to T
+  std::vector<double> folded;  // a single row, whose norm is folded into the product, is not
   Fenced<SequenceState> device_states;
   Fenced<float> device_x;
   Fenced<T> device_norm_weight, device_norm_bias;
@@ -93,6 +94,7 @@ struct Problem {
         norm_weight(gpu::normal<T>(sizes.width, seed + 1)),
         norm_bias(gpu::normal<T>(sizes.width, seed + 2, 0.3f)),
         normed(x.size()),
+        folded(x.size()),
         device_states(batch),
         device_x(x.size()),
         device_norm_weight(norm_weight),
@@ -112,8 +114,9 @@ struct Problem {
       for (int i = 0; i < width; ++i) {
         const double unit = (values[i] - mean) / std::sqrt(variance + 1e-5);
         const double w = static_cast<float>(norm_weight[i]), b = static_cast<float>(norm_bias[i]);
-        normed[static_cast<size_t>(row) * width + i] =
-            static_cast<float>(T(static_cast<float>(unit * w + b)));
+        const size_t at = static_cast<size_t>(row) * width + i;
+        normed[at] = static_cast<float>(T(static_cast<float>(unit * w + b)));
+        folded[at] = batch == 1 ? unit * w + b : normed[at];
       }
       if (state.live == 0) std::fill(values, values + width, NAN);
     }
@@ -141,6 +144,9 @@ struct Problem {
   bool live(int row) const { return states[row].live != 0; }
   const double* normed_row(int row) const {
     return &normed[static_cast<size_t>(row) * sizes.width];
+  }
+  const double* folded_row(int row) const {
+    return &folded[static_cast<size_t>(row) * sizes.width];
   }
   // Some outputs, the first and the last among them.
   std::vector<int> checked(int count, int multiple = 1) const {
@@ -205,8 +211,8 @@ void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
       CHECK(Fenced<T>::untouched(new_values[row * stride + i]) != written);
     }
     for (const int output : problem.checked(outputs, 2)) {
-      const Dot a = dot(weight, output, problem.normed_row(row), s.width);
-      const Dot b = dot(weight, output + 1, problem.normed_row(row), s.width);
+      const Dot a = dot(weight, output, problem.folded_row(row), s.width);
+      const Dot b = dot(weight, output + 1, problem.folded_row(row), s.width);
       double first = a.value + static_cast<float>(bias[output]);
       double second = b.value + static_cast<float>(bias[output + 1]);
       double tolerance =
@@ -296,8 +302,8 @@ void test_gate(const Problem<T>& problem, unsigned seed) {
     }
     if (!problem.live(row)) continue;
     for (const int output : problem.checked(s.intermediate)) {
-      const Dot g = dot(gate, output, problem.normed_row(row), s.width);
-      const Dot u = dot(up, output, problem.normed_row(row), s.width);
+      const Dot g = dot(gate, output, problem.folded_row(row), s.width);
+      const Dot u = dot(up, output, problem.folded_row(row), s.width);
       const double silu = g.value / (1 + std::exp(-g.value)), product = silu * u.value;
       const double got =
           static_cast<float>(hidden[static_cast<size_t>(row) * s.intermediate + output]);

@@ -27,38 +27,57 @@ __device__ inline void order_copies_after_stores() {
 #endif
 }
 
-// By all lanes, converged; addresses and `bytes` are multiples of 16. The lanes have synchronised
-// since they last read what is overwritten.
-__device__ inline void copy_tile(char* to_keys, const void* keys, char* to_values,
-                                 const void* values, uint32_t bytes, uint64_t* arrived, int lane) {
+// By one thread; all a multiple of 16. The barrier counts the bytes when they have arrived.
+__device__ inline void copy_bulk(void* to, const void* from, int bytes, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+// By all lanes, converged: announces `bytes` of copies by this warp, which follow.
+__device__ inline void expect_copies(uint32_t bytes, uint64_t* arrived, int lane) {
 #if __CUDA_ARCH__ >= 900
   if (lane == 0) {
-    const uint32_t barrier = shared_address(arrived);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(2 * bytes)
-                 : "memory");
-    const auto copy = [&](char* to, const void* from) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-          "[%3];" ::"r"(shared_address(to)),
-          "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
-          : "memory");
-    };
-    copy(to_keys, keys);
-    copy(to_values, values);
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrived)),
+        "r"(bytes)
+        : "memory");
   }
+#endif
+}
+
+// By all lanes, converged; addresses and `bytes` are multiples of 16. The lanes have synchronised
+// since they last read what is overwritten.
+__device__ inline void copy_rows(char* to, const void* from, uint32_t bytes, uint64_t* arrived,
+                                 int lane) {
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) copy_bulk(to, from, static_cast<int>(bytes), shared_address(arrived));
 #else
-  const auto copy = [&](char* to, const void* from, uint32_t at) {
+  for (uint32_t at = 16 * lane; at < bytes; at += 16 * 32) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + at),
                  "l"(__cvta_generic_to_global(from) + at)
                  : "memory");
-  };
-  for (uint32_t at = 16 * lane; at < bytes; at += 16 * 32) {
-    copy(to_keys, keys, at);
-    copy(to_values, values, at);
   }
+#endif
+}
+
+// The copies since the last call are a tile.
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ < 900
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
+}
+
+__device__ inline void copy_tile(char* to_keys, const void* keys, char* to_values,
+                                 const void* values, uint32_t bytes, uint64_t* arrived, int lane) {
+  expect_copies(2 * bytes, arrived, lane);
+  copy_rows(to_keys, keys, bytes, arrived, lane);
+  copy_rows(to_values, values, bytes, arrived, lane);
+  commit_copies();
 }
 
 // By all lanes: the oldest tile not yet waited for has arrived. `parity` counts the rounds of the

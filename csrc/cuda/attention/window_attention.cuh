@@ -1,55 +1,56 @@
 // The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
-// in shared memory before the query exists. A warp attends to 32 rows, then the block merges its
-// warps, and one block of the cluster the others.
+// in shared memory before the query exists, eight or few times eight in each warp, and one of them
+// merges the softmaxes of all warps.
 #pragma once
 
 #include "../dsmem.cuh"
 #include "decode_attention.h"
+#include "eight_rows.cuh"
 #include "row_copy.cuh"
-#include "unit_attention.cuh"
 
 namespace tlinformer::cuda {
 
-constexpr int kWindowWarps = 18;  // 16 for 512 rows, and what context and window round up to
-constexpr int kWindowThreads = 32 * kWindowWarps;
+constexpr int kWindowWarps = 8, kWindowThreads = 32 * kWindowWarps;
 constexpr int kWindowCluster = 8;  // most blocks of a head
 
-// What a block of `blocks` for a head keeps, in bytes: tiles of 32 keys and values; of queries at a
-// time, the records of tiles (kRecord floats: sums of values, of weights, padding); and of the
-// queries that this block merges, the records of blocks, for each of the two softmaxes.
+// What a block of `blocks` for a head keeps, in bytes: each warp's tiles of eight keys and values;
+// of the queries that this block merges and of both softmaxes, the records of all warps.
 template <int d>
 struct WindowPlaces {
   // The first of an odd number of rows may lie behind one more, where copies may begin.
   static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
-  static constexpr int kTileBytes = ((kUnit + kAligned - 1) * d * 2 + 15) / 16 * 16;
-  static constexpr int kRecord = d + 4;
-  int tiles, records, merged, end;
+  static constexpr int kTileBytes = ((kEight + kAligned - 1) * d * 2 + 15) / 16 * 16;
+  static constexpr int kRecord = d + 2;
+  int tiles, records, end;  // tiles of a warp
 
   __host__ __device__ WindowPlaces(int most_rows, int group, int blocks) {
-    tiles = (most_rows / kUnit + 2 + blocks - 1) / blocks;
-    records = tiles * 2 * kTileBytes;
-    merged = records + tiles * kUnitQueries * kRecord * 4;
-    end = merged + (blocks == 1 ? 0 : (group + blocks - 1) / blocks * blocks * 2 * kRecord * 4);
+    const int warps = blocks * kWindowWarps;
+    tiles = (most_rows / kEight + 2 + warps - 1) / warps;
+    records = kWindowWarps * tiles * 2 * kTileBytes;
+    end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
   }
-  bool fits() const { return tiles <= kWindowWarps && end <= 160 * 1024; }
+  bool fits() const { return end <= 160 * 1024; }
 };
 
 template <class T, int d>
-__global__ void __launch_bounds__(kWindowThreads, 1)
-    tlin_window_attention(const __grid_constant__ DecodeAttention a, int blocks) {
+__global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
+    tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks) {
   using Places = WindowPlaces<d>;
+  using Rows = EightRows<T, d>;
   constexpr int kRecord = Places::kRecord, kQuads = d / 4;
   let_next_start();
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kWindowWarps], all_records;
-  __shared__ float maxima[2][kWindowWarps][kUnitQueries];  // of tiles; of passes in turn
-  const int head = blockIdx.x / blocks, block = blockIdx.x % blocks, sequence = blockIdx.y;
+  const int blocks = 1 << shift_blocks,
+            shift_warps = shift_blocks + 3;  // a power of two, all of them
+  static_assert(kWindowWarps == 8);
+  const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
+  const int sequence = blockIdx.y;
   const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
   const Places places(most, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
-  float* const merged = reinterpret_cast<float*>(memory + places.merged);
   const uint32_t record_barrier = shared_address(&all_records);
   if (lane == 0) prepare_copies(&arrived[warp]);
   if (threadIdx.x == 0 && blocks > 1) dsmem::barrier_init(record_barrier, 1);
@@ -64,165 +65,185 @@ __global__ void __launch_bounds__(kWindowThreads, 1)
   const int context = a.context_rows == ContextRows::none ? 0 : min(max(compressed, 0), most);
   const int cached =
       static_cast<int>(min(max(state->last - history, int64_t{0}), int64_t{most - context}));
+  // Units of eight rows, first those of the context, then the window's, are dealt to all warps.
+  const int warps = blocks * kWindowWarps, place = block + warp * blocks;
+  const int context_units = (context + kEight - 1) / kEight;
   const int first_row = a.window_follows_history ? history : 0;
-  // Tile i, which warp i attends to, has unit block + i blocks of 32 rows: first come those of the
-  // context, then the window's.
-  const int context_units = (context + kUnit - 1) / kUnit;
-  const int context_tiles = max(context_units - block + blocks - 1, 0) / blocks;
-  const bool of_context = warp < context_tiles;
-  const int first = (block + warp * blocks - (of_context ? 0 : context_units)) * kUnit;
-  const int shift = of_context ? 0 : first_row % Places::kAligned;
-  const CachedRows& cache = of_context ? a.context : a.window;
-  const int64_t offset = sequence * cache.sequence_stride + head * cache.head_stride +
-                         int64_t{first + (of_context ? 0 : first_row)} * d;
-  const T* const cached_keys = static_cast<const T*>(cache.keys) + offset;
-  const T* const cached_values = static_cast<const T*>(cache.values) + offset;
-  char* const tile = memory + warp * 2 * Places::kTileBytes;
-  T* const keys = reinterpret_cast<T*>(tile) + shift * d;
-  T* const values = keys + Places::kTileBytes / static_cast<int>(sizeof(T));
-  const int copied = min(kUnit, (of_context ? context : cached) - first);
-  if (copied > 0) {
-    copy_tile(tile, cached_keys - shift * d, tile + Places::kTileBytes, cached_values - shift * d,
-              ((shift + copied) * d * 2 + 15) / 16 * 16, &arrived[warp], lane);
+  const int window_shift = first_row % Places::kAligned;
+  constexpr int kValues = Places::kTileBytes / static_cast<int>(sizeof(T));  // behind the keys
+  char* const tiles = memory + warp * places.tiles * 2 * Places::kTileBytes;
+  struct Unit {
+    bool of_context;
+    int first;  // of its rows
+    int shift;  // rows between the beginning of the copy and the first
+    const T *cached_keys, *cached_values;
+    char* tile;
+    T *keys, *values;
+  };
+  const auto unit_of = [&](int turn) {
+    const int number = place + turn * warps;
+    Unit u;
+    u.of_context = number < context_units;
+    u.first = (number - (u.of_context ? 0 : context_units)) * kEight;
+    u.shift = u.of_context ? 0 : window_shift;
+    const CachedRows& cache = u.of_context ? a.context : a.window;
+    const int64_t offset = sequence * cache.sequence_stride + head * cache.head_stride +
+                           int64_t{u.first + (u.of_context ? 0 : first_row)} * d;
+    u.cached_keys = static_cast<const T*>(cache.keys) + offset;
+    u.cached_values = static_cast<const T*>(cache.values) + offset;
+    u.tile = tiles + turn * 2 * Places::kTileBytes;
+    u.keys = reinterpret_cast<T*>(u.tile) + u.shift * d;
+    u.values = u.keys + kValues;
+    return u;
+  };
+  const auto bytes_of = [&](const Unit& u) {
+    const int rows = min(kEight, (u.of_context ? context : cached) - u.first);
+    return rows <= 0 ? 0u : static_cast<uint32_t>(((u.shift + rows) * d * 2 + 15) / 16 * 16);
+  };
+  uint32_t bytes = 0;
+#pragma unroll 1
+  for (int turn = 0; turn < places.tiles; ++turn) bytes += 2 * bytes_of(unit_of(turn));
+  if (bytes > 0) expect_copies(bytes, &arrived[warp], lane);
+#pragma unroll 1
+  for (int turn = 0; turn < places.tiles; ++turn) {
+    const Unit u = unit_of(turn);
+    const uint32_t part = bytes_of(u);
+    if (part == 0) continue;
+    copy_rows(u.tile, u.cached_keys - u.shift * d, part, &arrived[warp], lane);
+    copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, &arrived[warp],
+              lane);
   }
+  commit_copies();
   // The other blocks have started: their barriers are there.
   if (blocks > 1) dsmem::wait_for_blocks();
 
   wait_for_previous();
   const int64_t first_query = int64_t{sequence} * a.query_heads + head * group;
   const float* const queries = a.query + first_query * d;
-  UnitAttention<T, d> unit;
-  unit.load_queries(queries, group);
+  auto query = Rows::load(queries);
   const bool live = state->live != 0;
   const int own = static_cast<int>(state->last - history);
   // The window's rows that no copy has brought. Only the second one's loads wait for `own`.
   const auto fetch = [&](int row) {
     constexpr int kLoads = (2 * kQuads + 31) / 32;
-    const int at = row - first;
-    if (of_context || at < 0 || at >= kUnit) return;
+    const int number = context_units + row / kEight;
+    if ((number & (warps - 1)) != place) return;
+    const Unit u = unit_of(number >> shift_warps);
     uint2 words[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int quad = lane + 32 * i;
       const T* const from =
-          quad < kQuads ? cached_keys + 4 * quad : cached_values + 4 * (quad - kQuads);
-      if (quad < 2 * kQuads) words[i] = __ldcg(reinterpret_cast<const uint2*>(from + at * d));
+          quad < kQuads ? u.cached_keys + 4 * quad : u.cached_values + 4 * (quad - kQuads);
+      if (quad < 2 * kQuads) {
+        words[i] = __ldcg(reinterpret_cast<const uint2*>(from + row % kEight * d));
+      }
     }
-    if (copied > 0) await_tile<1>(&arrived[warp], 0, false);
+    if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int quad = lane + 32 * i;
-      T* const to = quad < kQuads ? keys + 4 * quad : values + 4 * (quad - kQuads);
-      if (quad < 2 * kQuads) *reinterpret_cast<uint2*>(to + at * d) = words[i];
+      T* const to = quad < kQuads ? u.keys + 4 * quad : u.values + 4 * (quad - kQuads);
+      if (quad < 2 * kQuads) *reinterpret_cast<uint2*>(to + row % kEight * d) = words[i];
     }
     __syncwarp();
   };
   if (cached < most - context) fetch(cached);
   if (own > cached) fetch(own);
-  if (copied > 0) await_tile<1>(&arrived[warp], 0, false);
+  if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
   if (!live) return;
-  const int window = own + 1, units = context_units + (window + kUnit - 1) / kUnit;
-  const int tiles = max(units - block + blocks - 1, 0) / blocks;
-  const int rows = warp < tiles ? min(kUnit, (of_context ? context : window) - first) : 0;
-  // The queries that this block merges: block, block + blocks, ...
-  const int merges = blocks > 1 ? max(group - block + blocks - 1, 0) / blocks : group;
+  const int window = own + 1, window_units = (window + kEight - 1) / kEight;
+  const int units = context_units + window_units;
+  // Query i is merged by block i % blocks. A softmax's records are as many as warps with
+  // rows of it.
+  const int merges = max(group - block + blocks - 1, 0) >> shift_blocks;
+  const auto records_of = [&](int softmax) {
+    return min(softmax == 0 ? context_units : window_units, warps);
+  };
   if (threadIdx.x == 0 && blocks > 1 && merges > 0) {
-    dsmem::barrier_expect(record_barrier, merges * blocks * 2 * (d + 2) * 4);
+    dsmem::barrier_expect(record_barrier, merges * (records_of(0) + records_of(1)) * kRecord * 4);
   }
-  T* const to = static_cast<T*>(a.output) + first_query * d;
-  // Of one softmax, a pair of lanes has both; adds them.
-  const auto store = [&](int query, int quad, float4 sum, float weights) {
-    const float scale = weights > 0 ? 1 / weights : 0.0f;
-    const auto both = [&](float x) { return x + __shfl_xor_sync(0xffffffffu, x, 1); };
-    sum = {both(sum.x * scale), both(sum.y * scale), both(sum.z * scale), both(sum.w * scale)};
-    if (quad < kQuads && threadIdx.x % 2 == 0) {
-      reinterpret_cast<uint2*>(to + query * d)[quad] = {pack<T>(sum.x, sum.y),
-                                                        pack<T>(sum.z, sum.w)};
-    }
-  };
-  // Threads 2 i and 2 i + 1: quad i of a row of quads of queries; whole warps go together.
-  const auto each_quad = [&](int count, const auto& work) {
-    for (int i = threadIdx.x / 2; i - lane / 2 < count * kQuads; i += kWindowThreads / 2) {
-      const bool exists = i < count * kQuads;
-      work(exists ? i / kQuads : 0, exists ? i % kQuads : kQuads, threadIdx.x % 2);
-    }
-  };
 
 #pragma unroll 1
-  for (int base = 0; base < group; base += kUnitQueries) {
-    const int count = min(kUnitQueries, group - base), turn = base / kUnitQueries % 2;
-    if (base > 0) unit.load_queries(queries + base * d, count);
-    if (rows > 0) {
-      unit.score(keys, rows);
-      const float most_of_unit = unit.greatest();
-      if (lane % 8 == 0) maxima[turn][warp][lane / 8] = most_of_unit;
-    }
-    __syncthreads();
-    // The greatest score of a softmax in this block.
-    const auto greatest = [&](int query, bool of_context) {
-      float most_of_all = -INFINITY;
-      const int end = of_context ? min(context_tiles, tiles) : tiles;
-#pragma unroll 4
-      for (int i = of_context ? 0 : context_tiles; i < end; ++i) {
-        most_of_all = fmaxf(most_of_all, maxima[turn][i][query]);
+  for (int i = 0; i < group; ++i) {
+    const auto next = Rows::load(queries + min(i + 1, group - 1) * d);
+    int turn = 0;
+#pragma unroll 1
+    for (int softmax = 0; softmax < 2; ++softmax) {
+      const int first = turn, end = softmax == 0 ? context_units : units;
+      Rows rows;
+#pragma unroll 1
+      for (; place + turn * warps < end; ++turn) {
+        const int number = place + turn * warps;
+        const int left =
+            softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
+        const T* const keys = reinterpret_cast<const T*>(tiles + turn * 2 * Places::kTileBytes) +
+                              (softmax == 0 ? 0 : window_shift * d);
+        rows.add(query, keys, keys + kValues, min(kEight, left));
       }
-      return most_of_all;
-    };
-    if (rows > 0) {
-      unit.attend(values, rows, greatest(unit.query(), of_context),
-                  records + warp * kUnitQueries * kRecord, kRecord, count);
-    }
-    __syncthreads();
-    each_quad(count, [&](int query, int quad, int softmax) {
-      float4 sum = {0, 0, 0, 0};
-      float weights = 0;
-      const int end = softmax == 0 ? min(context_tiles, tiles) : tiles;
-      if (quad < kQuads) {
-#pragma unroll 4
-        for (int i = softmax == 0 ? 0 : context_tiles; i < end; ++i) {
-          const float* const record = records + (i * kUnitQueries + query) * kRecord;
-          const float4 more = reinterpret_cast<const float4*>(record)[quad];
-          sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
-          weights += record[d];
-        }
-      }
-      const int of_group = base + query;
+      if (turn == first) continue;
+      const int number = softmax == 0 ? place : (place + first * warps - context_units);
+      float* const record =
+          records + ((((i >> shift_blocks) * 2 + softmax) << shift_warps) + number) * kRecord;
       if (blocks == 1) {
-        store(of_group, quad, sum, weights);
-      } else if (quad < kQuads) {
-        const int target = of_group % blocks;
-        const uint32_t place = dsmem::address_in_block(
-            shared_address(merged + ((of_group / blocks * blocks + block) * 2 + softmax) * kRecord),
-            target);
-        const uint32_t barrier = dsmem::address_in_block(record_barrier, target);
-        const auto send = [&](int at, float low, float high) {
-          dsmem::send(place + at * 4, {__float_as_uint(low), __float_as_uint(high)}, barrier);
-        };
-        send(4 * quad, sum.x, sum.y);
-        send(4 * quad + 2, sum.z, sum.w);
-        if (quad == 0) send(d, greatest(query, softmax == 0), weights);
+        rows.finish([&](int at, float x) { record[at] = x; });
+      } else {
+        const uint32_t to = dsmem::address_in_block(shared_address(record), (i & (blocks - 1)));
+        const uint32_t barrier = dsmem::address_in_block(record_barrier, (i & (blocks - 1)));
+        rows.finish([&](int at, float x) { dsmem::send(to + 4 * at, x, barrier); });
       }
-    });
-    if (base + kUnitQueries < group) __syncthreads();  // records are written anew
-  }
-  if (blocks == 1 || merges == 0) return;
-  dsmem::barrier_wait(record_barrier, 0);
-  each_quad(merges, [&](int query, int quad, int softmax) {
-    const float* const first = merged + (query * blocks * 2 + softmax) * kRecord;
-    float most_of_all = -INFINITY, weights = 0;
-    for (int i = 0; i < blocks; ++i) most_of_all = fmaxf(most_of_all, first[i * 2 * kRecord + d]);
-    float4 sum = {0, 0, 0, 0};
-    for (int i = 0; i < blocks; ++i) {
-      const float* const record = first + i * 2 * kRecord;
-      const float scale = record[d + 1] > 0 ? exp2_fast(record[d] - most_of_all) : 0.0f;
-      weights += scale * record[d + 1];
-      if (quad >= kQuads) continue;
-      const float4 more = reinterpret_cast<const float4*>(record)[quad];
-      sum = {sum.x + scale * more.x, sum.y + scale * more.y, sum.z + scale * more.z,
-             sum.w + scale * more.w};
     }
-    store(block + query * blocks, quad, sum, weights);
-  });
+    query = next;
+  }
+  if (merges == 0) return;
+  if (blocks > 1) {
+    dsmem::barrier_wait(record_barrier, 0);
+  } else {
+    __syncthreads();
+  }
+  // Eight lanes have four elements of one softmax of one query, the next eight of the other.
+  const int items = merges * kQuads * 2;
+#pragma unroll 1
+  for (int base = threadIdx.x / 32 * 4; base < items; base += kWindowThreads / 8) {
+    const int item = min(base + lane / 8, items - 1);
+    const int softmax = item % 2, quad = item / 2 % kQuads, merged = item / 2 / kQuads;
+    const float* const from = records + (merged * 2 + softmax) * warps * kRecord;
+    const int count = records_of(softmax);
+    float top = kMinusInfinity;
+#pragma unroll 4
+    for (int r = lane % 8; r < count; r += 8) top = fmaxf(top, from[r * kRecord + d]);
+#pragma unroll
+    for (int other = 1; other < 8; other *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, other));
+    }
+    float sums[5] = {};
+#pragma unroll 4
+    for (int r = lane % 8; r < count; r += 8) {
+      const float* const record = from + r * kRecord;
+      const float weight = exp2_fast(record[d] - top);
+      const float2 low = reinterpret_cast<const float2*>(record)[2 * quad];
+      const float2 high = reinterpret_cast<const float2*>(record)[2 * quad + 1];
+      sums[0] += weight * low.x;
+      sums[1] += weight * low.y;
+      sums[2] += weight * high.x;
+      sums[3] += weight * high.y;
+      sums[4] += weight * record[d + 1];
+    }
+#pragma unroll
+    for (int other = 1; other < 8; other *= 2) {
+#pragma unroll
+      for (float& x : sums) x += __shfl_xor_sync(0xffffffffu, x, other);
+    }
+    const float scale = sums[4] > 0 ? __fdividef(1.0f, sums[4]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[i] *= scale;
+      sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 8);
+    }
+    if (lane % 16 != 0 || base + lane / 8 >= items) continue;
+    T* const to = static_cast<T*>(a.output) + (first_query + block + merged * blocks) * d;
+    reinterpret_cast<uint2*>(to)[quad] = {pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3])};
+  }
 }
 
 // Code for older devices, which newer ones may run too, has no clusters.
@@ -236,16 +257,20 @@ inline bool has_clusters() {
   return has;
 }
 
-// The fewest blocks of a head that take all rows; none if there would be too many.
+// Blocks of a head: as many as the multiprocessors and the rows have work for; none if the rows do
+// not fit.
 template <int d>
 int window_attention_blocks(const DecodeAttention& a) {
-  if (a.most_rows <= 0 || a.most_rows > kUnit * kWindowWarps * kWindowCluster) return 0;
-  const int most = has_clusters() ? kWindowCluster : 1;
-  for (int blocks = 1; blocks <= most; blocks *= 2) {
-    const int group = a.query_heads / a.kv_heads;
-    if (WindowPlaces<d>(static_cast<int>(a.most_rows), group, blocks).fits()) return blocks;
+  if (a.most_rows <= 0 || a.most_rows > 16384) return 0;
+  const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
+  const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
+  int blocks = 1;
+  while (blocks < most && 2 * blocks * heads <= multiprocessors() &&
+         rows > blocks * kWindowWarps * kEight) {
+    blocks *= 2;
   }
-  return 0;
+  while (blocks < most && !WindowPlaces<d>(rows, group, blocks).fits()) blocks *= 2;
+  return WindowPlaces<d>(rows, group, blocks).fits() ? blocks : 0;
 }
 
 template <class T, int d>
@@ -253,9 +278,11 @@ void launch_window_attention(const DecodeAttention& a, int blocks, const Launch&
   Launch clusters = how;
   clusters.cluster = blocks;
   const WindowPlaces<d> places(static_cast<int>(a.most_rows), a.query_heads / a.kv_heads, blocks);
+  int shift = 0;
+  while (1 << shift < blocks) ++shift;
   launch(clusters, tlin_window_attention<T, d>, "window attention",
          dim3(static_cast<unsigned>(a.kv_heads * blocks), static_cast<unsigned>(a.batch)),
-         kWindowThreads, static_cast<size_t>(places.end), a, blocks);
+         kWindowThreads, static_cast<size_t>(places.end), a, shift);
 }
 
 }  // namespace tlinformer::cuda

@@ -13,8 +13,8 @@ namespace {
 
 using namespace step;
 
-constexpr int kAddWarps = 16;  // no norm to share out: more warps have fewer slices each
-constexpr int kProjectAhead = 4, kGateAhead = 2;  // slices in flight
+constexpr int kAddWarps = 16;    // no norm to share out: more warps have fewer slices each
+constexpr int kNormedAhead = 2;  // slices in flight
 constexpr int kPairs = kTile / 2;
 
 // A pair of outputs of a row, which a thread finishes. The last warps have the first rows: when
@@ -30,8 +30,8 @@ struct Outlet {
 };
 
 // Rows that all warps of a block multiply together.
-template <class T, int ROWS, int AHEAD>
-using SharedRows = std::conditional_t<ROWS == 1, FoldedNorm<T, AHEAD>, NormedRows<T, ROWS>>;
+template <class T, int ROWS>
+using SharedRows = std::conditional_t<ROWS == 1, FoldedNorm<T, kNormedAhead>, NormedRows<T, ROWS>>;
 
 template <class T>
 __device__ float2 load_pair(const void* from, int64_t index) {
@@ -56,11 +56,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   extern __shared__ uint4 shared[];
   const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
   const int warp = warp_index();
-  WeightStream<T, 1, kProjectAhead> stream({p.weight}, p.hidden_size, outputs, warp, kWarps);
+  WeightStream<T, 1, kNormedAhead> stream({p.weight}, p.hidden_size, outputs, warp, kWarps);
   stream.start(blockIdx.x);
   BlockSums<kWarps, 1, NT> block_sums(shared);
-  SharedRows<T, ROWS, kProjectAhead> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x,
-                                          p.batch, p.hidden_size);
+  SharedRows<T, ROWS> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x, p.batch,
+                           p.hidden_size);
   const Outlet<kWarps> outlet;
   const int output = blockIdx.x * kTile + outlet.output;
   const bool inside = outlet.row < p.batch && output < outputs;
@@ -166,12 +166,12 @@ __global__ void __launch_bounds__(32 * kWarps) tlin_gate_step(const __grid_const
   constexpr int NT = ceil_div(ROWS, 8);
   extern __shared__ uint4 shared[];
   const int warp = warp_index();
-  WeightStream<T, 2, kGateAhead> stream({p.gate, p.up}, p.hidden_size, p.intermediate_size, warp,
-                                        kWarps);
+  WeightStream<T, 2, kNormedAhead> stream({p.gate, p.up}, p.hidden_size, p.intermediate_size, warp,
+                                          kWarps);
   stream.start(blockIdx.x);
   BlockSums<kWarps, 2, NT> block_sums(shared);
-  SharedRows<T, ROWS, kGateAhead> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x,
-                                       p.batch, p.hidden_size);
+  SharedRows<T, ROWS> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x, p.batch,
+                           p.hidden_size);
   wait_for_previous();
   rows.measure();
   const Outlet<kWarps> outlet;
@@ -328,8 +328,8 @@ void project_step(const ProjectStep& p, const Launch& how) {
     using T = typename decltype(type)::type;
     constexpr int ROWS = decltype(most_rows)::value, NT = ceil_div(ROWS, 8);
     const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
-    const size_t shared = BlockSums<kWarps, 1, NT>::kBytes +
-                          SharedRows<T, ROWS, kProjectAhead>::bytes(part.batch, p.hidden_size);
+    const size_t shared =
+        BlockSums<kWarps, 1, NT>::kBytes + SharedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
     launch(how, tlin_project_step<T, ROWS>, "project_step", ceil_div(outputs, kTile), 32 * kWarps,
            shared, part, 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
   });
@@ -348,8 +348,8 @@ void gate_step(const GateStep& p, const Launch& how) {
   in_passes(p, most_normed(p.hidden_size), [&](const GateStep& part, auto type, auto most_rows) {
     using T = typename decltype(type)::type;
     constexpr int ROWS = decltype(most_rows)::value, NT = ceil_div(ROWS, 8);
-    const size_t shared = BlockSums<kWarps, 2, NT>::kBytes +
-                          SharedRows<T, ROWS, kGateAhead>::bytes(part.batch, p.hidden_size);
+    const size_t shared =
+        BlockSums<kWarps, 2, NT>::kBytes + SharedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
     launch(how, tlin_gate_step<T, ROWS>, "gate_step", ceil_div(p.intermediate_size, kTile),
            32 * kWarps, shared, part);
   });
