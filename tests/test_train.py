@@ -18,6 +18,7 @@ from tlinformer.cli import main
 from tlinformer.evaluation import evaluate
 from tlinformer.recipe import build_model, load_model
 from tlinformer.settings import ARCHITECTURES, TrainConfig
+from tlinformer.state import parameter_groups
 from tlinformer.train import Interrupted, TrainingError, train
 
 MODEL = {
@@ -79,10 +80,11 @@ def state(config, name="checkpoint.pt"):
 
 
 def metrics(config):
-    """metrics.jsonl without the times."""
+    """metrics.jsonl without what depends on the machine."""
     with open(os.path.join(config.output, "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    measured = ("tokens_per_second", "memory_gib")
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def interrupt_at(monkeypatch, step, how):
@@ -125,9 +127,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     summary = train(config, resume=True)
     assert summary["steps"] == 8
     expected, resumed = state(whole), state(config)
-    for name in ("model", "optimizer", "random", "best", "best_step"):
+    resumed["optimizer"], expected["optimizer"] = (
+        s["optimizer"]["state"] for s in (resumed, expected)
+    )
+    for name in ("model", "optimizer", "best", "best_step"):
         torch.testing.assert_close(resumed[name], expected[name], rtol=0, atol=0)
-    assert torch.equal(resumed["random"][0], expected["random"][0])
     if how == "crash":  # log lines at steps 4, 6, 8: the mean loss of both steps before each
         kept = [line for line in metrics(config) if line["step"] > 4]
         assert kept == [line for line in metrics(whole) if line["step"] > 4]
@@ -136,7 +140,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 
 def test_dropout_takes_part_in_the_exact_resume(config, tmp_path):
-    """Guards the test above: without the saved random state, dropout would differ."""
+    """Guards the test above: dropout draws numbers that a resumed run has to draw again."""
     other = replace(config, output=str(tmp_path / "other"), model=MODEL | {"dropout": 0.0})
     train(config)
     train(other)
@@ -201,7 +205,7 @@ def test_schedule_warms_up_and_falls_to_zero(config):
 
 def test_only_matrices_decay(config):
     model = build_model("tlinformer", recipe.prepare_corpus(config).model_config)
-    decayed, rest = training.parameter_groups(model, 0.1)
+    decayed, rest = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"])
     assert all(p.ndim == 1 for p in rest["params"])
@@ -209,7 +213,7 @@ def test_only_matrices_decay(config):
 
 
 def test_a_diverging_run_stops_with_words(config, monkeypatch):
-    monkeypatch.setattr(training.F, "cross_entropy", lambda logits, _: logits.sum() * float("nan"))
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, _: logits.sum() * float("nan"))
     with pytest.raises(TrainingError, match=r"loss is nan at step 2; lower learning_rate"):
         train(config)
 

@@ -33,11 +33,11 @@ def save(model: CausalLM, directory: str | os.PathLike[str]) -> None:
     tensors = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
     metadata = {"format": "pt", "architecture": type(model).__name__}
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
     """Write beside `target`, then rename: readers see the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)

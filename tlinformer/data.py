@@ -123,6 +123,55 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
+def dataset_files(
+    name: str, config: str | None, column: str, separator: str, folder: Path
+) -> dict[str, tuple[str, ...]]:
+    """Writes the splits "train" and "validation" of a data set to text files in ``folder``, once.
+
+    Args:
+        name, config: as `datasets.load_dataset` takes them.
+        column: whose text is written, with ``separator`` between two rows.
+
+    Returns:
+        the files of each split; none for a validation split that is not there.
+
+    Raises:
+        ImportError: the package datasets is missing.
+        ValueError: the data set, its split train or the column is not there.
+    """
+    key = f"{zlib.crc32(repr((name, config, column, separator)).encode()):08x}"
+    paths = {split: folder / f"dataset-{key}-{split}.txt" for split in ("train", "validation")}
+    if not paths["train"].is_file():  # written last
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                f"dataset is {name!r}, but the package that reads it is missing: pip install "
+                "datasets, or name text files with --train-data"
+            ) from error
+        try:
+            splits = datasets.load_dataset(name, config)
+        except Exception as error:  # of many libraries: no network, no such name, no such file
+            raise ValueError(f"dataset {name!r} cannot be loaded: {error}") from error
+        if "train" not in splits:
+            raise ValueError(f"dataset {name!r} has the splits {list(splits)}; it needs train")
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in ("validation", "train"):
+            if split in splits:
+                _write_rows(splits[split], column, separator, paths[split])
+    return {split: (str(path),) if path.is_file() else () for split, path in paths.items()}
+
+
+def _write_rows(rows: Any, column: str, separator: str, path: Path) -> None:
+    if column not in rows.column_names:
+        raise ValueError(f"dataset_column is {column!r}; the columns are {rows.column_names}")
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        for number, row in enumerate(rows.select_columns(column)):
+            file.write(separator * bool(number) + row[column])
+    os.replace(partial, path)
+
+
 @dataclass(frozen=True)
 class TokenFile:
     """Tokens on disk, memory-mapped: what ``name.json`` says about ``name.bin``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zlib
 from dataclasses import dataclass, replace
@@ -16,21 +17,27 @@ from tokenizers import Tokenizer
 from .baseline import TransformerForCausalLM
 from .checkpoint import WEIGHTS, load_config
 from .config import VARIANTS, TLinFormerConfig
-from .data import TokenFile, load_tokenizer, tokenize_files, train_tokenizer
+from .data import TokenFile, dataset_files, load_tokenizer, tokenize_files, train_tokenizer
+from .distributed import launched, rank
 from .model import CausalLM, TLinFormerForCausalLM
 from .settings import TrainConfig
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" prefers a GPU. Raises ValueError when it is not there."""
+    """The device called ``name``; "auto" prefers a GPU, "cuda" is a process's own under torchrun.
+
+    Raises ValueError when it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}; name auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and device.index is None and launched():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but this machine has no such GPU")
+        raise ValueError(f"device is '{device}', but this machine has no such GPU")
     return device
 
 
@@ -83,29 +90,41 @@ def prepare_corpus(config: TrainConfig, progress: Progress | None = None) -> Cor
     """
     run = Path(config.output)
     _check_writable(run)
-    if not config.train_data:
-        raise ValueError("train_data is empty; name at least one text file")
+    train_data, valid_data = config.train_data, config.valid_data
+    if config.dataset:
+        files = dataset_files(
+            config.dataset,
+            config.dataset_config,
+            config.dataset_column,
+            config.dataset_separator,
+            run / "tokens",
+        )
+        train_data, valid_data = files["train"], valid_data or files["validation"]
+    if not train_data:
+        raise ValueError("train_data is empty; name at least one text file, or a dataset")
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
-    elif (run / "checkpoint.pt").is_file():  # a run that is resumed
+    elif rank() > 0 or (run / "checkpoint.pt").is_file():  # trained by the first process, or before
         tokenizer = load_tokenizer(run / "tokenizer.json")
-    elif any(path.endswith(".bin") for path in config.train_data):
+    elif any(path.endswith(".bin") for path in train_data):
         raise ValueError("train_data is a token file; name the tokenizer that made it")
     elif "vocab_size" not in config.model:
         raise ValueError("neither tokenizer nor model.vocab_size is given; the size is needed")
     else:
         task = progress.add_task("training the tokenizer", total=None) if progress else None
-        tokenizer = train_tokenizer(config.train_data, config.model["vocab_size"])
+        tokenizer = train_tokenizer(train_data, config.model["vocab_size"])
         if progress and task is not None:
             progress.remove_task(task)
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(run / "tokenizer.json"))
 
     def tokens(name: str, files: tuple[str, ...]) -> TokenFile:
         if len(files) == 1 and files[0].endswith(".bin"):
             return TokenFile.load(files[0])
         return tokenize_files(tokenizer, files, run / "tokens" / f"{name}.bin", progress)
 
-    train = tokens("train", config.train_data)
-    valid = tokens("valid", config.valid_data) if config.valid_data else None
+    train = tokens("train", train_data)
+    valid = tokens("valid", valid_data) if valid_data else None
     needed = tokenizer.get_vocab_size(with_added_tokens=True)
     for file in (train, valid):
         if file is not None and file.vocab_size != needed:

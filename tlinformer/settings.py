@@ -34,6 +34,22 @@ class TrainConfig:
     valid_data: tuple[str, ...] = setting(
         (), "Held-out text, likewise; without it there is no early stopping.", free=True
     )
+    dataset: str | None = setting(
+        None,
+        "Instead of train_data: a data set of the datasets library, by its name on the Hugging "
+        "Face Hub or its directory; its split validation serves as valid_data.",
+        free=True,
+    )
+    dataset_config: str | None = setting(
+        None, "Configuration of the data set, such as wikitext-103-raw-v1.", free=True
+    )
+    dataset_column: str = setting("text", "Column of the data set that holds the text.", free=True)
+    dataset_separator: str = setting(
+        "<|endoftext|>",
+        "What to put between two rows of the data set; nothing ('') where a row is only a line "
+        "of a document, as in WikiText.",
+        free=True,
+    )
     tokenizer: str | None = setting(
         None,
         "tokenizer.json, or a directory with it or with GPT-2's vocab.json and merges.txt; "
@@ -47,7 +63,9 @@ class TrainConfig:
     sequence_length: int = setting(1024, "Tokens predicted in a sequence.")
     batch_size: int = setting(256, "Sequences in an optimizer step.")
     micro_batch_size: int | None = setting(
-        None, "Sequences in a forward pass; gradients accumulate up to batch_size (default: all)."
+        None,
+        "Sequences in a forward pass of one process; gradients accumulate up to batch_size "
+        "(default: all).",
     )
     epochs: float = setting(10.0, "Passes over the training text, unless steps is given.")
     steps: int | None = setting(None, "Optimizer steps, instead of epochs.")
@@ -73,12 +91,26 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time.", free=True
     )
+    strategy: str = setting(
+        "ddp",
+        "Under torchrun: ddp (every process holds the model) or fsdp (parameters, gradients and "
+        "optimizer sharded, by FSDP2).",
+        free=True,
+    )
+    tensorboard: bool = setting(
+        False, "Write event files for TensorBoard to the run's directory.", free=True
+    )
+    peak_tflops: float | None = setting(
+        None,
+        "Peak of one device in TFLOP/s, for MFU (default: known for some GPUs in bfloat16).",
+        free=True,
+    )
     save_dtype: str = setting("float32", "Type of the weights in best/: float32 or bfloat16.")
 
     def __post_init__(self) -> None:
         sizes = ("sequence_length", "batch_size", "micro_batch_size", "epochs", "steps")
         intervals = ("eval_interval", "eval_tokens", "checkpoint_interval", "log_interval")
-        for name in (*sizes, *intervals, "learning_rate", "grad_clip"):
+        for name in (*sizes, *intervals, "learning_rate", "grad_clip", "peak_tflops"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
@@ -89,10 +121,15 @@ class TrainConfig:
         for name, allowed in {
             "architecture": ARCHITECTURES,
             "dtype": ("auto", "bfloat16", "float32"),
+            "strategy": ("ddp", "fsdp"),
             "save_dtype": ("bfloat16", "float32"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if self.dataset and self.train_data:
+            raise ValueError(
+                f"dataset is {self.dataset!r} and train_data {list(self.train_data)}; name only one"
+            )
         if "variant" in self.model:
             raise ValueError("model has the field variant; set architecture instead")
 

@@ -1,33 +1,30 @@
 """Training: one loop for TLinFormer, TConstFormer and the Transformer they are compared with.
 
 An output directory holds ``config.yaml`` (the resolved settings), ``tokenizer.json``,
-``metrics.jsonl``, ``checkpoint.pt`` (everything a resumed run needs) and ``best/`` (the weights
-with the lowest validation loss, or the latest without validation text; see `recipe.load_model`).
+``metrics.jsonl``, ``tensorboard/`` if asked for, ``checkpoint.pt`` (everything a resumed run needs)
+and ``best/`` (the weights with the lowest validation loss, or the latest without validation text;
+see `recipe.load_model`).
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 
-from .data import PackedSequences, token_byte_lengths
+from . import distributed
+from .data import token_byte_lengths
 from .evaluation import evaluate
-from .recipe import Corpus, autocast_dtype, build_model, prepare_corpus, resolve_device
+from .metrics import MetricsLog, check_tensorboard, peak_flops, peak_memory_gib, training_flops
+from .recipe import Corpus, build_model, prepare_corpus, resolve_device
 from .settings import TrainConfig
+from .state import TrainState
 from .terminal import Stopwatch, progress_bar, stop_signal
 
 __all__ = ["Interrupted", "TrainConfig", "TrainingError", "evaluate", "train"]
@@ -46,8 +43,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains as ``config`` says and returns a summary of the run.
 
-    A resumed run continues at the saved step with the saved optimizer, random state and place in
-    the data: on the CPU its parameters equal an uninterrupted run's bit for bit.
+    A resumed run continues at the saved step with the saved optimizer, and with the random numbers
+    and the place in the data that belong to this step: on the CPU its parameters equal an
+    uninterrupted run's bit for bit. Under torchrun the processes share the work of every step.
 
     Returns:
         steps, best_step, valid_loss, valid_perplexity and valid_bits_per_byte of the best scoring
@@ -55,6 +53,7 @@ def train(
 
     Raises:
         ValueError: a setting or the data does not fit.
+        ImportError: the optional package that a setting needs is missing.
         FileNotFoundError: a file named in ``config``, or the run to resume, does not exist.
         FileExistsError: ``output`` holds a run and ``resume`` is false.
         TrainingError: the loss is no longer finite.
@@ -65,62 +64,32 @@ def train(
         raise FileNotFoundError(f"nothing to resume: {saved} does not exist")
     if not resume and saved.exists():
         raise FileExistsError(f"{config.output} holds a run; resume it or name another output")
+    if config.tensorboard:
+        check_tensorboard()
     console = console or Console()
-    with progress_bar(console) as progress:
-        run = _Run(config, prepare_corpus(config, progress), console)
-        if resume:
-            run.load(saved)
-        return run.loop(progress)
+    with distributed.process_group(resolve_device(config.device)):
+        console.quiet = distributed.rank() > 0  # the first process speaks for all
+        with progress_bar(console) as progress:
+            corpus = distributed.first_alone(lambda: prepare_corpus(config, progress))
+            run = _Run(config, corpus, console)
+            if resume:
+                run.load(saved)
+            return run.loop(progress)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-class _Run:
-    """Model, optimizer, data, and the few numbers that a checkpoint keeps beside them."""
-
-    COUNTERS = ("step", "best", "best_step", "evaluations_since_best")
+class _Run(TrainState):
+    """The loop around the steps: scoring, logs, when to save and when to stop."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, console: Console):
-        self.config, self.corpus, self.console = config, corpus, console
-        self.output = Path(config.output)
-        self.device = resolve_device(config.device)
-        self.autocast = autocast_dtype(config.dtype, self.device)
-        self.data = PackedSequences(corpus.train.array(), config.sequence_length, config.seed)
-        self.tokens_per_step = config.batch_size * config.sequence_length
-        self.steps = config.steps or math.ceil(config.epochs * len(self.data) / config.batch_size)
-        warmup = config.warmup_steps
-        self.warmup = min(2000, self.steps // 10) if warmup is None else warmup
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup_steps is {warmup}; the whole run has {self.steps} steps")
-        torch.manual_seed(config.seed)
-        self.model = build_model(config.architecture, corpus.model_config).to(self.device)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.forward: Callable[[torch.Tensor], torch.Tensor] = self.model
-        if config.compile:
-            self.forward = torch.compile(self.model)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        super().__init__(config, corpus)
+        self.console = console
         self.byte_lengths = token_byte_lengths(corpus.tokenizer)
-        self.step = self.best_step = self.evaluations_since_best = 0
-        self.best: dict[str, Any] = {"loss": math.inf}
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 0 at the end of the run."""
-        if step < self.warmup:
-            return self.config.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / (self.steps - self.warmup)
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        self.metrics: MetricsLog | None = None  # of the first process
+        self.mfu: float | None = None  # model FLOPs utilisation at one token a second
+        if peak := peak_flops(self.device, self.autocast, config.peak_tflops):
+            length = config.sequence_length
+            flops = training_flops(config.architecture, corpus.model_config, length)
+            self.mfu = flops / length / (peak * distributed.world_size())
 
     def finished(self) -> bool:
         patience = self.config.patience
@@ -133,11 +102,15 @@ class _Run:
             f"{config.architecture}: {parameters:,} parameters, {len(self.data.tokens):,} tokens "
             f"({len(self.data):,} sequences of {config.sequence_length} an epoch), "
             f"{self.steps:,} steps of {config.batch_size} sequences on {self.device}"
+            + (f" x {distributed.world_size()}" if distributed.world_size() > 1 else "")
         )
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        self.corpus.tokenizer.save(str(self.output / "tokenizer.json"))
-        self.forget_metrics_after(self.step)
+        if distributed.rank() == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            (self.output / "config.yaml").write_text(settings)
+            self.corpus.tokenizer.save(str(self.output / "tokenizer.json"))
+            self.metrics = MetricsLog(self.output, self.step, config.tensorboard)
+        self.progress = progress
         task = progress.add_task("training", total=self.steps, completed=self.step)
         began, clock, first_step = time.perf_counter(), Stopwatch(), self.step
         logged_at = clock.seconds(), self.step
@@ -153,13 +126,16 @@ class _Run:
                 scores = self.step == self.steps or self.step % config.eval_interval == 0
                 if scores or self.step % config.log_interval == 0:
                     steps = self.step - logged_at[1]
-                    mean = self.finite(loss_sum.item() / steps)
+                    mean = self.finite(distributed.total(loss_sum).item() / steps)
                     speed = steps * self.tokens_per_step / (clock.seconds() - logged_at[0])
                     self.log(
                         loss=mean,
+                        perplexity=math.exp(min(mean, 700)),
                         learning_rate=self.learning_rate(self.step - 1),
                         grad_norm=norm.item(),
                         tokens_per_second=round(speed),
+                        mfu=self.mfu and speed * self.mfu,
+                        memory_gib=peak_memory_gib(self.device),
                     )
                     progress.update(task, description=f"loss {mean:.3f}  {speed:,.0f} tokens/s")
                     logged_at = clock.seconds(), self.step
@@ -167,14 +143,19 @@ class _Run:
                 with clock.paused():
                     if scores:
                         self.score()
-                    done, stopping = self.finished(), stopped()
+                    done, stopping = self.finished(), distributed.any_process(stopped())
                     if done or stopping or self.step % config.checkpoint_interval == 0:
                         self.save()
                 if stopping and not done:
+                    launch, processes = "tlinformer", distributed.world_size()
+                    if processes > 1:
+                        launch = f"torchrun --nproc-per-node {processes} -m tlinformer"
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.steps}; continue with: "
-                        f"tlinformer train --output {self.output} --resume"
+                        f"{launch} train --output {self.output} --resume"
                     )
+        if self.metrics:
+            self.metrics.close()
         trained = (self.step - first_step) * self.tokens_per_step
         return {
             "steps": self.step,
@@ -188,28 +169,6 @@ class _Run:
             "output": str(self.output),
         }
 
-    def train_step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; its mean loss and gradient norm, both still on the device."""
-        config, size = self.config, self.config.batch_size
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        batch = self.data.batch(self.step * size, size)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        batch = batch.to(self.device, non_blocking=True)
-        total = torch.zeros((), device=self.device)
-        for rows in batch.split(config.micro_batch_size or size):
-            with torch.autocast(self.device.type, self.autocast, enabled=bool(self.autocast)):
-                logits = self.forward(rows[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-            loss = loss * (len(rows) / size)  # so that the sum is the mean over the whole batch
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
-
     def finite(self, loss: float) -> float:
         if math.isfinite(loss):
             return loss
@@ -219,17 +178,24 @@ class _Run:
         )
 
     def score(self) -> None:
-        """Scores the validation text and keeps the weights if they are the best so far."""
+        """Scores the validation text and keeps the weights if they are the best so far.
+
+        Every process scores all of it, so that all agree to the last bit on when to stop.
+        """
         if self.corpus.valid is None:
             return self.keep_weights()
+        tokens = self.corpus.valid.array()[: self.config.eval_tokens]
+        task = self.progress.add_task("scoring", total=len(tokens) - 1)
         result = evaluate(
             self.model,
-            self.corpus.valid.array()[: self.config.eval_tokens],
+            tokens,
             self.config.sequence_length,
-            batch_size=self.config.micro_batch_size or self.config.batch_size,
+            batch_size=self.config.micro_batch_size or self.share,
             byte_lengths=self.byte_lengths,
             dtype=self.autocast,
+            on_progress=lambda count: self.progress.advance(task, count),
         )
+        self.progress.remove_task(task)
         better = result["loss"] < self.best["loss"]
         self.evaluations_since_best = 0 if better else self.evaluations_since_best + 1
         self.log(**{f"valid_{k}": result[k] for k in ("loss", "perplexity", "bits_per_byte")})
@@ -244,56 +210,19 @@ class _Run:
 
     def keep_weights(self) -> None:
         self.best_step = self.step
-        model = copy.deepcopy(self.model).to(getattr(torch, self.config.save_dtype))
-        model.save_pretrained(self.output / "best")
+        weights = distributed.whole_state(self.model)
+        if distributed.rank() > 0:
+            return
+        with torch.device("meta"):
+            model = build_model(self.config.architecture, self.corpus.model_config)
+        model.load_state_dict(weights, assign=True)
+        model.to(getattr(torch, self.config.save_dtype)).save_pretrained(self.output / "best")
         self.corpus.tokenizer.save(str(self.output / "best" / "tokenizer.json"))
-
-    def save(self) -> None:
-        """Writes ``checkpoint.pt``; a reader never sees a half-written one."""
-        state = {
-            "config": self.config.to_dict(),
-            "data": self.corpus.fingerprint(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-            **{name: getattr(self, name) for name in self.COUNTERS},
-        }
-        partial = self.output / "checkpoint.pt.tmp"
-        torch.save(state, partial)
-        os.replace(partial, self.output / "checkpoint.pt")
-
-    def load(self, path: Path) -> None:
-        """Continues from ``path``. Raises ValueError naming what differs from the saved run."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            config, data = state["config"], state["data"]
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
-        self.config.check_resumes(config)
-        for name, value in self.corpus.fingerprint().items():
-            if data[name] != value:
-                raise ValueError(f"cannot resume with a different {name}: its content has changed")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
-        cpu, *cuda = state["random"]
-        torch.set_rng_state(cpu)
-        if len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def log(self, **values: float | None) -> None:
-        """Appends a line to ``metrics.jsonl``."""
-        epoch = round(self.step * self.config.batch_size / len(self.data), 4)
-        with (self.output / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, "epoch": epoch, **values}) + "\n")
-
-    def forget_metrics_after(self, step: int) -> None:
-        """Steps after the checkpoint will run, and be logged, again."""
-        path = self.output / "metrics.jsonl"
-        with suppress(FileNotFoundError):
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        if self.metrics:
+            epoch = round(self.step * self.config.batch_size / len(self.data), 4)
+            self.metrics.add(self.step, epoch, values)

@@ -61,7 +61,10 @@ def _options() -> Iterator[inspect.Parameter]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises FileNotFoundError or ValueError naming it."""
+    """The settings in a YAML file, over those of the file beside it that ``base`` names.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
     import yaml  # type: ignore[import-untyped]
 
     if not path.is_file():
@@ -72,6 +75,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model", {}), dict):
         raise ValueError(f"{path} must be a mapping of settings, and model in it likewise")
+    if base := recipe.pop("base", None):
+        below = read_recipe(path.parent / str(base))
+        recipe["model"] = below.get("model", {}) | recipe.get("model", {})
+        recipe = below | recipe
     return recipe
 
 
@@ -84,9 +91,10 @@ def train_command(
     ] = False,
     **given: Any,
 ) -> None:
-    """Train a model on text files.
+    """Train a model on text files or a data set.
 
-    The directory --output receives best/, the weights of the lowest validation loss.
+    The directory --output receives best/, the weights of the lowest validation loss. On several
+    GPUs: torchrun --nproc-per-node 8 -m tlinformer train ...
     """
     from ..train import train
 
