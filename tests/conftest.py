@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tlinformer import _C
+from tlinformer import _C, data
 from tlinformer.config import TLinFormerConfig
 from tlinformer.engine import Engine
 from tlinformer.model import CausalLM, TLinFormerForCausalLM
@@ -185,6 +185,19 @@ def engine_of(model: Any, max_context: int, **options: Any) -> Engine:
     engine = Engine(model, max_context=max_context, **options)
     poison(engine)
     return engine
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with train.txt, valid.txt and the tokenizer that suits them."""
+    folder = tmp_path_factory.mktemp("text")
+    words = ["the", "whale", "sea", "ship", "captain", "sailed", "and", "spoke", "of", "storms"]
+    order = np.random.default_rng(0).integers(len(words), size=3000)
+    written = " ".join(words[i] for i in order)
+    (folder / "train.txt").write_text(written[:14000])
+    (folder / "valid.txt").write_text(written[14000:15000])
+    data.train_tokenizer([folder / "train.txt"], 270).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from small_runs import MODEL, assert_same_run, checkpoint, metrics, small_run
 
 from tlinformer import data, recipe
 from tlinformer import train as training
@@ -20,17 +21,6 @@ from tlinformer.recipe import build_model, load_model
 from tlinformer.settings import ARCHITECTURES, TrainConfig
 from tlinformer.state import parameter_groups
 from tlinformer.train import Interrupted, TrainingError, train
-
-MODEL = {
-    "vocab_size": 270,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "block_depth": 3,
-    "history_window": 6,
-    "generation_window": 8,
-    "intermediate_size": 24,
-    "dropout": 0.2,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,49 +32,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A directory with train.txt, valid.txt and the tokenizer that suits them."""
-    folder = tmp_path_factory.mktemp("text")
-    words = ["the", "whale", "sea", "ship", "captain", "sailed", "and", "spoke", "of", "storms"]
-    order = np.random.default_rng(0).integers(len(words), size=3000)
-    written = " ".join(words[i] for i in order)
-    (folder / "train.txt").write_text(written[:14000])
-    (folder / "valid.txt").write_text(written[14000:15000])
-    data.train_tokenizer([folder / "train.txt"], 270).save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture
 def config(text, tmp_path):
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        train_data=(str(text / "train.txt"),),
-        valid_data=(str(text / "valid.txt"),),
-        tokenizer=str(text / "tokenizer.json"),
-        model=MODEL,
-        sequence_length=24,
-        batch_size=4,
-        micro_batch_size=3,
-        steps=8,
-        learning_rate=3e-3,
-        eval_interval=4,
-        checkpoint_interval=3,
-        log_interval=2,
-        device="cpu",
-    )
-
-
-def state(config, name="checkpoint.pt"):
-    return torch.load(os.path.join(config.output, name), weights_only=True)
-
-
-def metrics(config):
-    """metrics.jsonl without what depends on the machine."""
-    with open(os.path.join(config.output, "metrics.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
-    measured = ("tokens_per_second", "memory_gib")
-    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
+    return small_run(text, tmp_path / "run")
 
 
 def interrupt_at(monkeypatch, step, how):
@@ -117,24 +67,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
             interrupt_at(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
             with pytest.raises(Interrupted, match=r"stopped at step 5 of 8.*--resume"):
                 train(config)
-            assert state(config)["step"] == 5
+            assert checkpoint(config)["step"] == 5
         else:
             interrupt_at(patch, 5, crash)
             with pytest.raises(OSError, match="power failure"):
                 train(config)
-            assert state(config)["step"] == 3  # the last checkpoint; steps 4 and 5 run again
+            assert checkpoint(config)["step"] == 3  # the last checkpoint; steps 4 and 5 run again
     torch.manual_seed(99)
     summary = train(config, resume=True)
     assert summary["steps"] == 8
-    expected, resumed = state(whole), state(config)
-    resumed["optimizer"], expected["optimizer"] = (
-        s["optimizer"]["state"] for s in (resumed, expected)
-    )
-    for name in ("model", "optimizer", "best", "best_step"):
-        torch.testing.assert_close(resumed[name], expected[name], rtol=0, atol=0)
-    if how == "crash":  # log lines at steps 4, 6, 8: the mean loss of both steps before each
-        kept = [line for line in metrics(config) if line["step"] > 4]
-        assert kept == [line for line in metrics(whole) if line["step"] > 4]
+    # The log has the mean loss of both steps before 4, 6 and 8; a resumed run begins another mean.
+    assert_same_run(config, whole, log_after={"signal": 6, "crash": 4}[how])
     steps = [line["step"] for line in metrics(config) if "valid_loss" in line]
     assert steps == [4, 8]
 
@@ -144,8 +87,8 @@ def test_dropout_takes_part_in_the_exact_resume(config, tmp_path):
     other = replace(config, output=str(tmp_path / "other"), model=MODEL | {"dropout": 0.0})
     train(config)
     train(other)
-    names = state(config)["model"]
-    assert any(not torch.equal(names[k], state(other)["model"][k]) for k in names)
+    names = checkpoint(config)["model"]
+    assert any(not torch.equal(names[k], checkpoint(other)["model"][k]) for k in names)
 
 
 def test_gradient_accumulation_equals_the_whole_batch(config, tmp_path):
@@ -156,7 +99,7 @@ def test_gradient_accumulation_equals_the_whole_batch(config, tmp_path):
     ]
     for run in runs:
         train(run)
-    one, three, whole = (state(run)["model"] for run in runs)
+    one, three, whole = (checkpoint(run)["model"] for run in runs)
     torch.testing.assert_close(one, whole, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(three, whole, rtol=2e-4, atol=2e-5)
 
@@ -327,9 +270,9 @@ def test_commands_train_resume_and_score(config, text, tmp_path, capsys):
     scoring = ["eval", str(run / "best"), str(text / "valid.txt"), "--sequence-length", "24"]
     assert main([*scoring, "--json", "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["loss"] == pytest.approx(state(config)["best"]["loss"], rel=1e-5)
+    assert result["loss"] == pytest.approx(checkpoint(config)["best"]["loss"], rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(
-        state(config)["best"]["bits_per_byte"], rel=1e-5
+        checkpoint(config)["best"]["bits_per_byte"], rel=1e-5
     )
     assert main([*scoring, "--device", "cpu"]) == 0
     assert f"{result['perplexity']:.2f}" in capsys.readouterr().out

@@ -66,6 +66,7 @@ class TrainConfig:
         None,
         "Sequences in a forward pass of one process; gradients accumulate up to batch_size "
         "(default: all).",
+        free=True,
     )
     epochs: float = setting(10.0, "Passes over the training text, unless steps is given.")
     steps: int | None = setting(None, "Optimizer steps, instead of epochs.")
