@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -22,6 +23,37 @@ def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(f"{TEXT}{END_OF_TEXT}{TEXT}".encode())
     return data.train_tokenizer([path], 300)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A data set in a directory: two rows to train on, one held out."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two\\n"}\n')
+    (folder / "validation.jsonl").write_text('{"text": "three"}\n')
+    return str(folder)
+
+
+def test_a_data_set_becomes_text_files(rows, tmp_path):
+    pytest.importorskip("datasets")
+    files = data.dataset_files(rows, None, "text", END_OF_TEXT, tmp_path / "tokens")
+    (train,), (valid,) = files["train"], files["validation"]
+    assert "".join(data.read_text(train)) == f"one{END_OF_TEXT}two\n"
+    assert "".join(data.read_text(valid)) == "three"
+    lines = data.dataset_files(rows, None, "text", "", tmp_path / "tokens")
+    assert "".join(data.read_text(lines["train"][0])) == "onetwo\n"
+    with pytest.raises(ValueError, match=r"dataset_column is 'body'; the columns are \['text'\]"):
+        data.dataset_files(rows, None, "body", "", tmp_path / "tokens")
+    with pytest.raises(ValueError, match="dataset '/nowhere' cannot be loaded"):
+        data.dataset_files("/nowhere", None, "text", "", tmp_path / "tokens")
+
+
+def test_a_data_set_without_its_package_names_the_way_out(rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets, or name text files"):
+        data.dataset_files(rows, None, "text", "", tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("text", [TEXT, "", " ", "\n", "Ω\u2028\ud7ff\U0010ffff", "a" * 5000])

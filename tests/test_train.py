@@ -4,7 +4,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +83,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_same_run(config, whole, log_after={"signal": 6, "crash": 4}[how])
     steps = [line["step"] for line in metrics(config) if "valid_loss" in line]
     assert steps == [4, 8]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from tlinformer.cli import main
+torch.set_num_threads(1)
+whole = torch.save
+def save(state, path):
+    if state["step"] == 6:  # the second checkpoint: dies with half of it written
+        Path(path).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(state, path)
+torch.save = save
+main(["train", "--config", sys.argv[1]])
+"""
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_exactly(config, tmp_path):
+    whole = replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    root = str(Path(training.__file__).parent.parent)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml")],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        timeout=120,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint(config)["step"] == 3
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # the kill may cut a line short
+    train(config, resume=True)
+    assert_same_run(config, whole, log_after=4)
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
 def test_dropout_takes_part_in_the_exact_resume(config, tmp_path):

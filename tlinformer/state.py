@@ -125,6 +125,8 @@ class TrainState:
             **{name: getattr(self, name) for name in self.COUNTERS},
         }
         if distributed.rank() == 0:
+            for abandoned in self.output.glob(".checkpoint.pt.*"):  # by a process killed in here
+                abandoned.unlink()
             replace_file(self.output / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def load(self, path: Path) -> None:
