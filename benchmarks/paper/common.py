@@ -1,0 +1,171 @@
+"""What the experiments share: text, budget, training runs and where results go.
+
+Every run of an experiment trains on the same tokens with the same optimizer; only its recipe in
+benchmarks/recipes/paper, its seed and what the experiment varies differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tlinformer.cli.train import read_recipe
+from tlinformer.data import TokenFile, load_tokenizer, read_text, tokenize_files
+from tlinformer.recipe import resolve_device
+from tlinformer.settings import TrainConfig
+from tlinformer.train import train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPES = ROOT / "benchmarks/recipes/paper"
+sys.path.append(str(ROOT / "benchmarks"))
+TOKENS_PER_STEP = 65536  # the paper's 256 sequences would leave too few steps of this text
+LEARNING_RATE = 1e-3  # the paper's 3e-4 goes with four times the batch and more steps
+SMOKE = 16  # lengths and windows are so many times smaller with --smoke
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a recipe's name, a seed, and what differs from the recipe."""
+
+    name: str
+    recipe: str
+    seed: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    sequence_length: int | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+
+def arguments(description: str | None, *, trains: bool = True) -> argparse.ArgumentParser:
+    """The options that all experiments have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/paper")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/paper", help="weights go here")
+    parser.add_argument("--only", nargs="+", help="runs to do, by id; finished ones are skipped")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, seconds on a CPU")
+    if trains:
+        parser.add_argument(
+            "--data",
+            type=Path,
+            default=ROOT / "data",
+            help="directory with {prose,docs}.{train,valid}.txt.xz and gpt2/",
+        )
+        parser.add_argument("--epochs", type=float, default=5.0, help="passes over the text")
+        parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    return parser
+
+
+def chosen(args: argparse.Namespace, ids: Sequence[str]) -> list[str]:
+    """The ids of --only, or all. Exits naming one that does not exist."""
+    if unknown := set(args.only or ()) - set(ids):
+        raise SystemExit(f"--only {' '.join(sorted(unknown))}: the runs are {' '.join(ids)}")
+    return list(args.only or ids)
+
+
+def write(args: argparse.Namespace, experiment: str, name: str, result: dict[str, Any]) -> None:
+    """Writes the raw figures of one run, with how and where they were made."""
+    device = resolve_device(args.device)
+    where = importlib.import_module("gpu" if device.type == "cuda" else "cpu").environment()
+    path = args.results / experiment / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"command": " ".join(["python", *sys.argv]), "environment": where, "smoke": args.smoke}
+    path.write_text(json.dumps(about | result, indent=1) + "\n")
+    print(f"wrote {path}", flush=True)
+
+
+def text(args: argparse.Namespace) -> dict[str, Any]:
+    """The token files of all runs, made once, and their tokenizer: settings of TrainConfig."""
+    if args.smoke:
+        tokenizer = ROOT / "models/tlinformer-prose-8m/tokenizer.json"
+        source = args.runs / "smoke.txt"
+        args.runs.mkdir(parents=True, exist_ok=True)
+        whole = next(read_text(ROOT / "examples/new-testament.txt.xz"))
+        source.write_text(whole[:30000])
+        files = {"train": [source], "valid": [source]}
+    else:
+        tokenizer = args.data / "gpt2"
+        files = {
+            split: [args.data / f"{kind}.{split}.txt.xz" for kind in ("prose", "docs")]
+            for split in ("train", "valid")
+        }
+    vocabulary = load_tokenizer(tokenizer)
+    for split, paths in files.items():
+        tokenize_files(vocabulary, paths, args.runs / "tokens" / f"{split}.bin")
+    made = {f"{split}_data": (str(args.runs / "tokens" / f"{split}.bin"),) for split in files}
+    return {"tokenizer": str(tokenizer), **made}
+
+
+def settings(
+    args: argparse.Namespace, experiment: str, run: Run, data: dict[str, Any]
+) -> TrainConfig:
+    """The recipe of ``run`` on the text ``data`` and our budget, every run for as many steps."""
+    tokens = TokenFile.load(data["train_data"][0]).tokens
+    values = read_recipe(RECIPES / f"{run.recipe}.yaml")
+    for name in ("dataset", "dataset_config", "dataset_separator", "epochs", "warmup_steps"):
+        values.pop(name)
+    length = run.sequence_length or values["sequence_length"]
+    model = values["model"] | run.model
+    steps, batch = round(args.epochs * tokens / TOKENS_PER_STEP), TOKENS_PER_STEP // length
+    values |= {"learning_rate": args.learning_rate, "micro_batch_size": max(1, batch // 2)}
+    if args.smoke:
+        length //= SMOKE
+        windows = ("history_window", "generation_window")
+        model |= {name: model[name] // SMOKE for name in windows if name in model}
+        model |= {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+        steps, batch = 6, 4
+        values |= {"micro_batch_size": 2, "compile": False, "eval_tokens": 300}
+    values |= {
+        "model": model,
+        "sequence_length": length,
+        "batch_size": batch,
+        "steps": steps,
+        "eval_interval": max(1, steps // 12),
+        "seed": run.seed,
+        "device": args.device,
+        "output": str(args.runs / experiment / run.id),
+    }
+    return TrainConfig.from_dict(values | data)
+
+
+def train_runs(args: argparse.Namespace, experiment: str, runs: Sequence[Run]) -> None:
+    """Trains what has no results yet; a run that was stopped goes on where it was."""
+    by_id, data = {run.id: run for run in runs}, text(args)
+    for name in chosen(args, list(by_id)):
+        if (args.results / experiment / f"{name}.json").is_file():
+            print(f"{name}: done before")
+            continue
+        config = settings(args, experiment, by_id[name], data)
+        saved = Path(config.output) / "checkpoint.pt"
+        summary = train(config, resume=saved.is_file(), console=Console(stderr=True))
+        lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+        curve = [json.loads(line) for line in lines]
+        speeds = sorted(line["tokens_per_second"] for line in curve if "loss" in line)
+        shown = {k: v for k, v in config.to_dict().items() if k not in ("output", "device")}
+        result = {
+            "run": by_id[name].name,
+            "recipe": by_id[name].recipe,
+            "seed": config.seed,
+            "settings": {k: v for k, v in shown.items() if not k.endswith(("_data", "tokenizer"))},
+            "training_tokens": config.steps * config.batch_size * config.sequence_length,
+            "final": next(line for line in reversed(curve) if "valid_loss" in line),
+            "best_valid_perplexity": summary["valid_perplexity"],
+            "best_step": summary["best_step"],
+            # The median leaves out what compiling and scoring cost.
+            "tokens_per_second": speeds[len(speeds) // 2],
+            "parameters": summary["parameters"],
+            "curve": curve,
+        }
+        write(args, experiment, name, result)

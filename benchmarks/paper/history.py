@@ -1,0 +1,90 @@
+"""Does it use its history? Perplexity of the same tokens, given more and more of it.
+
+    python benchmarks/paper/history.py --data data        # after parity.py
+
+Windows of tokens are taken at even distances through the held-out text; each is scored with the H
+tokens before it and nothing earlier, by models that parity.py trained. The second figure is the
+loss by position inside a generation window, beside the Transformer's on the same tokens: whether
+a context that was compressed at the window's beginning is staler at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import SMOKE, arguments, chosen, text, write
+
+from tlinformer.data import TokenFile
+from tlinformer.recipe import load_model, resolve_device
+
+MODELS = ("base-1k-seed0", "1k-1k-0.5-seed0", "1k-512-0.5-seed0")
+HISTORIES = (0, 256, 1024, 4096, 16384)
+SCORED = 256  # tokens scored of every window
+POSITION_HISTORY = 512  # a multiple of every model's generation window, and seen in training
+BINS = 8
+
+
+@torch.no_grad()
+def losses(
+    model: Any, tokens: torch.Tensor, starts: list[int], history: int, window: int
+) -> torch.Tensor:
+    """(windows, window) float64: nats of each token, given ``history`` tokens before the window."""
+    found = []
+    for start in starts:
+        ids = tokens[start - history : start + window + 1]
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            hidden = model.hidden_states(ids[None, :-1])[0, -window:]
+            logits = F.linear(hidden, model.embed_tokens.weight)
+        found.append(F.cross_entropy(logits.float(), ids[-window:], reduction="none"))
+    return torch.stack(found).double().cpu()
+
+
+def even_starts(count: int, first: int, last: int) -> list[int]:
+    """``count`` positions at even distances. Exits if the text is too short."""
+    if last - first < count:
+        raise SystemExit(f"the held-out text ends {first - last + count} tokens too early")
+    return [first + (last - first) * i // count for i in range(count)]
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--windows", type=int, default=128, help="windows that are scored")
+    args = parser.parse_args()
+    device, shrink = resolve_device(args.device), SMOKE if args.smoke else 1
+    scored, windows = SCORED // shrink, min(args.windows, 4 if args.smoke else args.windows)
+    file = TokenFile.load(text(args)["valid_data"][0])
+    tokens = torch.from_numpy(file.array().astype("int64")).to(device)
+    histories = [history // shrink for history in HISTORIES]
+    for name in chosen(args, MODELS):
+        folder = args.runs / "parity" / name / "best"
+        if not folder.is_dir():
+            raise SystemExit(f"{folder} is missing; train it: parity.py --only {name}")
+        model = load_model(str(folder), device=device).float()
+        starts = even_starts(windows, max(histories), len(tokens) - scored - 1)
+        rows = []
+        for history in histories:
+            each = losses(model, tokens, starts, history, scored).mean(1)
+            rows.append(
+                {
+                    "history": history,
+                    "loss": each.mean().item(),
+                    "standard_error": (each.std() / math.sqrt(len(each))).item(),
+                    "perplexity": math.exp(each.mean().item()),
+                }
+            )
+            print(f"{name} history {history:>6,} perplexity {rows[-1]['perplexity']:.2f}")
+        length, history = 512 // shrink, POSITION_HISTORY // shrink
+        starts = even_starts(windows, history, len(tokens) - length - 1)
+        by_position = losses(model, tokens, starts, history, length).mean(0)
+        result = {
+            "model": name,
+            "generation_window": model.config.generation_window,
+            "windows": windows,
+            "rows": rows,
+            "position_history": history,
+            "loss_by_position": by_position.unflatten(0, (BINS, -1)).mean(1).tolist(),
+        }
+        write(args, "history", name, result)

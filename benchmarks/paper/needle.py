@@ -1,0 +1,159 @@
+"""Can it look things up? Recall of key-value pairs from a growing history.
+
+    python benchmarks/paper/needle.py
+
+Pairs "key value" lie at random places among filler; the last window holds queries "? key", and the
+model is trained, and scored, on the value that must follow. Small models of both kinds, several
+history windows; trained on histories of up to 960 tokens, scored up to 4032.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import arguments, chosen, write
+
+from tlinformer.config import TLinFormerConfig
+from tlinformer.recipe import build_model, resolve_device
+from tlinformer.state import parameter_groups
+
+QUERY, KEYS, VALUES, FILLER = 0, 128, 64, 63  # a vocabulary of 256 in this order
+PAIRS, WINDOW = 16, 64  # 16 queries of 3 tokens fit a generation window
+LENGTHS = (128, 256, 512, 1024)  # trained on; all multiples of WINDOW
+LONGER = (2048, 4096)
+MODELS = {"transformer": None, "history-16": 16, "history-64": 64, "history-256": 256}
+LEARNING_RATE = 1e-3
+
+
+def batch(
+    random: np.random.Generator, count: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences, the positions whose next token is a value, and how far back its pair lies.
+
+    Returns:
+        (count, length) int64, (count, PAIRS) int64, (count, PAIRS) int64.
+    """
+    ids = 1 + KEYS + VALUES + random.integers(FILLER, size=(count, length))
+    keys = 1 + random.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, :PAIRS]
+    values = 1 + KEYS + random.integers(VALUES, size=(count, PAIRS))
+    slots = np.tile(np.arange((length - WINDOW) // 2), (count, 1))
+    places = 2 * random.permuted(slots, axis=1)[:, :PAIRS]
+    row = np.arange(count)[:, None]
+    ids[row, places], ids[row, places + 1] = keys, values
+    asked = length - WINDOW + 3 * np.tile(np.arange(PAIRS), (count, 1))
+    ids[row, asked], ids[row, asked + 1], ids[row, asked + 2] = QUERY, keys, values
+    made = (ids, asked + 1, asked + 1 - places)
+    return tuple(torch.from_numpy(a) for a in made)  # type: ignore[return-value]
+
+
+def answers(model: Any, ids: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """(B, PAIRS, V): logits of the token after each position in ``asked``."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        hidden = model.hidden_states(ids[:, :-1])
+        picked = hidden.gather(1, asked[..., None].expand(-1, -1, hidden.size(-1)))
+        return F.linear(picked, model.embed_tokens.weight).float()
+
+
+def learn(args: argparse.Namespace, model: Any, lengths: tuple[int, ...]) -> list[dict[str, float]]:
+    """Trains ``model``; returns its curve."""
+    device, curve = next(model.parameters()).device, []
+    random = np.random.default_rng([args.seed, 0])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    warmup = max(1, args.steps // 20)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1e-2, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps - warmup),
+        ],
+        [warmup],
+    )
+    for step in range(1, args.steps + 1):
+        length = int(random.choice(lengths))
+        # As many tokens a step whatever the length.
+        ids, asked, _ = (
+            t.to(device) for t in batch(random, args.tokens_per_step // length, length)
+        )
+        logits, target = answers(model, ids, asked), ids.gather(1, asked + 1)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % max(1, args.steps // 40) == 0:
+            right = (logits.argmax(-1) == target).float().mean().item()
+            curve.append({"step": step, "loss": loss.item(), "accuracy": right})
+            print(f"step {step:,}: loss {loss.item():.3f}, accuracy {right:.1%}", flush=True)
+    return curve
+
+
+@torch.no_grad()
+def score(args: argparse.Namespace, model: Any, length: int) -> list[dict[str, float]]:
+    """Accuracy in quarters of the distance, over at least 256 new sequences of ``length``."""
+    device, random = next(model.parameters()).device, np.random.default_rng([args.seed, length])
+    right, distance = [], []
+    for _ in range(max(1, args.scored // 16)):
+        ids, asked, back = (t.to(device) for t in batch(random, 16, length))
+        right.append(answers(model, ids, asked).argmax(-1) == ids.gather(1, asked + 1))
+        distance.append(back)
+    hits, back = torch.cat(right).flatten().cpu(), torch.cat(distance).flatten().cpu()
+    quarter = (back * 4 // length).clamp(max=3)
+    return [
+        {
+            "length": length,
+            "distance": length * (2 * q + 1) / 8,
+            "queries": int((quarter == q).sum()),
+            "accuracy": hits[quarter == q].double().mean().item(),
+        }
+        for q in range(4)
+        if (quarter == q).any()
+    ]
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__, trains=False)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--tokens-per-step", type=int, default=32768)
+    parser.add_argument("--scored", type=int, default=256, help="sequences scored of each length")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    width, lengths, longer = 128, LENGTHS, LONGER
+    if args.smoke:
+        args.steps, args.tokens_per_step, args.scored = 4, 512, 16
+        width, lengths, longer = 16, LENGTHS[:2], LENGTHS[2:3]
+    for name in chosen(args, list(MODELS)):
+        if (args.results / "needle" / f"{name}-seed{args.seed}.json").is_file():
+            print(f"{name}: done before")
+            continue
+        window = {"history_window": MODELS[name], "generation_window": WINDOW}
+        config = TLinFormerConfig(
+            vocab_size=1 + KEYS + VALUES + FILLER,
+            hidden_size=width,
+            num_attention_heads=4,
+            **window if MODELS[name] else {},
+        )
+        torch.manual_seed(args.seed)
+        kind = "tlinformer" if MODELS[name] else "transformer"
+        model = build_model(kind, config).to(resolve_device(args.device)).train()
+        began = time.perf_counter()
+        curve = learn(args, model, lengths)
+        rows = [row for n in (*lengths, *longer) for row in score(args, model.eval(), n)]
+        result = {
+            "run": name,
+            "seed": args.seed,
+            "settings": config.to_dict(),
+            "steps": args.steps,
+            "tokens_per_step": args.tokens_per_step,
+            "trained_lengths": lengths,
+            "chance": 1 / VALUES,
+            "seconds": time.perf_counter() - began,
+            "curve": curve,
+            "rows": rows,
+        }
+        write(args, "needle", f"{name}-seed{args.seed}", result)
