@@ -39,7 +39,6 @@ RUNS = {
         2,
         0.0,
     ),
-    "ddp-accumulated": ({"strategy": "ddp", "micro_batch_size": 1}, 1, 1e-6),
     "fsdp-accumulated": ({"strategy": "fsdp", "micro_batch_size": 1}, 1, 1e-6),
 }
 
