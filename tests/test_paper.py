@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 PAPER = Path(__file__).parent.parent / "benchmarks" / "paper"
@@ -70,8 +71,6 @@ def test_needle_runs_and_its_chance_is_what_an_untrained_model_gets(start, tmp_p
 
 
 def test_needle_asks_for_what_lies_in_the_history(start):
-    import numpy as np
-
     needle = runpy.run_path(str(PAPER / "needle.py"))
     ids, asked, back = needle["batch"](np.random.default_rng(0), 5, 128)
     assert ids.shape == (5, 128) and ids.min() >= 0 and ids.max() < 256
@@ -81,7 +80,7 @@ def test_needle_asks_for_what_lies_in_the_history(start):
     assert (ids.gather(1, asked - back + 1) == ids.gather(1, asked + 1)).all()  # its value
 
 
-def test_the_knee_is_where_speed_stops_to_cost_little(start):
+def test_the_knee_is_where_speed_stops_to_cost_little():
     pytest.importorskip("matplotlib")
     knee = runpy.run_path(str(PAPER / "report.py"))["knee"]
     assert knee([(10, 20.0), (9, 12.0), (5, 11.0), (1, 10.0)]) == 1

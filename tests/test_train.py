@@ -336,6 +336,16 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert message.count("\n") == 1
 
 
+def test_text_given_beside_a_recipe_wins_over_its_data_set(config, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    recipe = config.to_dict() | {"dataset": "/nowhere", "train_data": [], "steps": 2}
+    file.write_text(yaml.safe_dump(recipe))
+    assert main(["train", "--config", str(file), "--train-data", *config.train_data]) == 0
+    both = ["--dataset", "/nowhere", "--train-data", *config.train_data]
+    assert main(["train", "--output", str(tmp_path / "both"), *both]) == 2
+    assert "dataset is '/nowhere' and train_data" in capsys.readouterr().err
+
+
 def test_failures_and_interrupts_have_exit_codes_of_their_own(
     config, tmp_path, monkeypatch, capsys
 ):

@@ -106,8 +106,13 @@ def train_command(
     model = {name: given.pop(name) for name in MODEL_HELP if name in given}
     if (window := model.get("history_window", "auto")) != "auto":
         model["history_window"] = int(window) if window.isdecimal() else window
-    if "epochs" in given:
-        settings["steps"] = None
+    for name, instead in (
+        ("epochs", "steps"),
+        ("dataset", "train_data"),
+        ("train_data", "dataset"),
+    ):
+        if name in given:  # wins over what a recipe has in its place
+            settings.pop(instead, None)
     settings |= given | {"model": settings.get("model", {}) | model}
     console = Console()
     summary = train(TrainConfig.from_dict(settings), resume=resume, console=console)
