@@ -9,10 +9,10 @@ CUBLAS := nvidia-cublas==13.0.*
 MAKEFLAGS += --no-print-directory
 
 PACKAGE_FILES := setup.py pyproject.toml csrc/sources.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests examples -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-python test-cpp cuda lint clean
+.PHONY: help demo install test test-python test-cpp cuda fuzz lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,15 @@ cuda: $(VENV)/installed $(VENV)/tools build/cublas  ## compile, link and (with a
 	@$(BIN)/cmake --build build/cuda >> build/cuda/ptxas.log 2>&1 || (grep -v 'ptxas info\|bytes stack frame' build/cuda/ptxas.log | tail -60; false)
 	$(BIN)/python tests/check_spills.py build/cuda/ptxas.log
 	$(BIN)/ctest --test-dir build/cuda --output-on-failure --no-tests=error
+
+FUZZ_SECONDS ?= 600
+FUZZ_SOURCES := tests/fuzz/fuzz_checkpoint.cpp $(addprefix csrc/runtime/,checkpoint.cpp config.cpp safetensors.cpp)
+fuzz: $(VENV)/installed  ## fuzz the checkpoint reader for FUZZ_SECONDS; needs clang, in CLANG
+	@mkdir -p build/fuzz
+	$(or $(CLANG),clang++) -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  -Icsrc -Icsrc/include $(FUZZ_SOURCES) -o build/fuzz/checkpoint
+	$(BIN)/python tests/fuzz/seeds.py build/fuzz/corpus
+	cd build/fuzz && ./checkpoint -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -print_final_stats=1 corpus
 
 lint: $(VENV)/installed $(VENV)/tools  ## check format, style and types
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "../cpu/kernels.h"
+#include "tlinformer/checkpoint.h"
 #include "tlinformer/engine.h"
 
 namespace py = pybind11;
@@ -14,36 +15,11 @@ using namespace tlinformer;
 
 namespace {
 
-const void* address(const py::dict& tensors, const std::string& name) {
-  require(tensors.contains(name.c_str()), "tensor '", name, "' is missing from the weights");
-  return reinterpret_cast<const void*>(tensors[name.c_str()].cast<uintptr_t>());
-}
-
-Weights make_weights(const Config& config, const std::string& dtype, const py::dict& tensors) {
-  Weights weights;
-  weights.dtype = dtype_from_name(dtype);
-  weights.embed_tokens = address(tensors, "embed_tokens.weight");
-  weights.norm_weight = address(tensors, "norm.weight");
-  weights.norm_bias = address(tensors, "norm.bias");
-  for (int64_t i = 0; i < config.num_layers(); ++i) {
-    const std::string prefix = "blocks." + std::to_string(i / config.block_depth) + ".layers." +
-                               std::to_string(i % config.block_depth) + ".";
-    const auto at = [&](const char* name) { return address(tensors, prefix + name); };
-    LayerWeights layer;
-    layer.attn_norm_weight = at("attn_norm.weight");
-    layer.attn_norm_bias = at("attn_norm.bias");
-    layer.qkv_proj_weight = at("qkv_proj.weight");
-    layer.qkv_proj_bias = at("qkv_proj.bias");
-    layer.out_proj_weight = at("out_proj.weight");
-    layer.out_proj_bias = at("out_proj.bias");
-    layer.mlp_norm_weight = at("mlp_norm.weight");
-    layer.mlp_norm_bias = at("mlp_norm.bias");
-    layer.gate_proj_weight = at("gate_proj.weight");
-    layer.up_proj_weight = at("up_proj.weight");
-    layer.down_proj_weight = at("down_proj.weight");
-    weights.layers.push_back(layer);
-  }
-  return weights;
+Weights weights_at(const Config& config, const std::string& dtype, const py::dict& tensors) {
+  return make_weights(config, dtype_from_name(dtype), [&](const std::string& name, const auto&) {
+    require(tensors.contains(name.c_str()), "tensor '", name, "' is missing from the weights");
+    return reinterpret_cast<const void*>(tensors[name.c_str()].cast<uintptr_t>());
+  });
 }
 
 // A C++ callback that first lets Python handle its signals: Ctrl-C raises out of the engine.
@@ -66,7 +42,7 @@ class PyEngine {
   PyEngine(const Config& config, const std::string& dtype, const py::dict& tensors,
            const CachePlan& plan, uintptr_t arena, int64_t arena_bytes, int num_threads,
            uintptr_t stream)
-      : engine_(config, make_weights(config, dtype, tensors), plan,
+      : engine_(config, weights_at(config, dtype, tensors), plan,
                 {reinterpret_cast<void*>(arena), arena_bytes},
                 {num_threads, reinterpret_cast<void*>(stream)}) {}
 

@@ -21,6 +21,9 @@ struct OutOfMemory : Error {  // a plan does not fit the memory it was given
 struct Interrupted : Error {  // a progress callback asked to stop
   using Error::Error;
 };
+struct FileError : Error {  // a file is missing, or the system cannot read or write it
+  using Error::Error;
+};
 struct NumericalError : Error {  // the model produced NaN
   using Error::Error;
 };
