@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -38,6 +39,12 @@ def sources(*folders: str) -> list[str]:
     lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
     globs = [line for line in lines if line.split("/")[0] in folders]
     return sorted(str(p.relative_to(ROOT)) for glob in globs for p in (ROOT / "csrc").glob(glob))
+
+
+def version() -> str:
+    found = re.search(r'__version__ = "(.*)"', (ROOT / "tlinformer/__init__.py").read_text())
+    assert found
+    return found[1]
 
 
 def find_toolkit() -> str | None:
@@ -101,11 +108,58 @@ def require_compiler(command: str) -> None:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Keeps its object files, so that an editable install too compiles only what has changed."""
+    """Builds the module and, from the same objects, the C++ library in tlinformer/cpp.
+
+    Keeps the object files, so that an editable install too compiles only what has changed.
+    """
 
     def finalize_options(self) -> None:
         self.build_temp = str(ROOT / "build/extension")
         super().finalize_options()
+
+    def run(self) -> None:
+        super().run()
+        package = Path("tlinformer" if self.inplace else f"{self.build_lib}/tlinformer")
+        folders = (
+            "runtime",
+            "cpu",
+            "c_api",
+            *(["cuda"] if ("TLINFORMER_CUDA", "1") in self.macros else []),
+        )
+        objects = [f"{self.build_temp}/{Path(s).with_suffix('.o')}" for s in sources(*folders)]
+        install_library(ROOT / package / "cpp", objects, cuda="cuda" in folders)
+
+    @property
+    def macros(self) -> list[tuple[str, str | None]]:
+        return [macro for module in self.extensions for macro in module.define_macros]
+
+
+def install_library(prefix: Path, objects: list[str], cuda: bool) -> None:
+    """Fills `prefix` as CMake's install does: headers, static library, tlinformerConfig.cmake."""
+    shutil.rmtree(prefix, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc/include", prefix / "include")
+    package = prefix / "lib/cmake/tlinformer"
+    package.mkdir(parents=True)
+    library = prefix / "lib/libtlinformer.a"
+    if cuda and (compiled := os.environ.get("TLINFORMER_CUDA_LIBRARY")):
+        shutil.copyfile(compiled, library)  # CMake's, which holds the CPU's objects too
+    else:
+        subprocess.run(["ar", "rcs", str(library), *objects], check=True)
+    cublas = find_cublas(find_toolkit()) if cuda else None
+    values = {
+        "version": version(),
+        "cuda": "ON" if cuda else "OFF",
+        "cublas_dir": cublas[0] if cublas else "",
+        "blas": f"{openblas.get_lib_dir()}/lib{openblas.get_library()}.so",
+        "blas_prefix": "scipy_",
+        "openmp": "-fopenmp",
+        "libdir": "lib",
+        "includedir": "include",
+        "to_prefix": "../../..",
+    }
+    for name in ("tlinformerConfig.cmake", "tlinformerConfigVersion.cmake"):
+        text = (ROOT / f"cmake/{name}.in").read_text()
+        (package / name).write_text(re.sub(r"@(\w+)@", lambda m: values[m[1]], text))
 
 
 def gencode(architectures: str) -> list[str]:
@@ -129,10 +183,11 @@ def extension() -> setuptools.Extension:
     flags = ["-std=c++17", "-O3", "-g0"]
     module = make(
         "tlinformer._C",
-        sources("runtime", "cpu", "python", *(["cuda"] if cuda and not compiled else [])),
+        sources("runtime", "cpu", "c_api", "python", *(["cuda"] if cuda and not compiled else [])),
         include_dirs=[str(ROOT / "csrc/include"), str(ROOT / "csrc")],
         library_dirs=[openblas.get_lib_dir()],
         define_macros=[
+            ("TLINFORMER_VERSION", f'"{version()}"'),
             ("TLINFORMER_CBLAS_PREFIX", "scipy_"),
             ("TLINFORMER_OPENBLAS", "1"),
             *([("TLINFORMER_CUDA", "1")] if cuda else []),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(*arguments, cwd=ROOT, **environment):
 
 
 def test_every_source_file_is_listed_once(build):
-    folders = ("runtime", "cpu", "python", "cuda")
+    folders = ("runtime", "cpu", "c_api", "python", "cuda")
     found = sorted(
         str(path.relative_to(ROOT))
         for folder in folders
@@ -173,3 +174,19 @@ def test_the_module_links_the_stable_part_of_torch_only():
     symbols = subprocess.run(["nm", "-DuC", _C.__file__], capture_output=True, text=True).stdout
     assert "aoti_torch_" in symbols
     assert not [line for line in symbols.splitlines() if "c10::" in line or "at::" in line]
+
+
+def test_a_cpp_project_finds_the_library_of_the_package(tmp_path):
+    status, folder = run("-m", "tlinformer", "info", "--cmake-dir")
+    assert status == 0, folder
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    source = ROOT / "tests/consumer"
+    configure = [cmake, "-S", source, "-B", tmp_path, f"-Dtlinformer_DIR={folder.strip()}"]
+    for command in (
+        [*configure, "-DKIND=static"],
+        [cmake, "--build", tmp_path],
+        [tmp_path / "consumer", ROOT / "models/tlinformer-prose-8m"],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.split()) == 8

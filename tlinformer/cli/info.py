@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,10 +52,25 @@ def collect() -> dict[str, Any]:
     return info
 
 
+def find_cmake_package() -> Path:
+    """The folder of tlinformerConfig.cmake. Raises RuntimeError where the build left none."""
+    folder = Path(tlinformer.__file__).parent / "cpp/lib/cmake/tlinformer"
+    if not (folder / "tlinformerConfig.cmake").is_file():
+        raise RuntimeError(f"{folder} is missing; install tlinformer again: pip install .")
+    return folder
+
+
 def info_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    cmake_dir: Annotated[
+        bool,
+        typer.Option("--cmake-dir", help="Print the folder that CMake's tlinformer_DIR names."),
+    ] = False,
 ) -> None:
     """Show versions, devices and the build, and what to do about what is missing."""
+    if cmake_dir:
+        print(find_cmake_package())
+        return
     info = collect()
     if as_json:
         print(json.dumps(info))
