@@ -95,7 +95,7 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll

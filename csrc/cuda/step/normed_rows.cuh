@@ -140,13 +140,6 @@ class NormedRows {
       return *reinterpret_cast<const uint4*>(row[n] + slice * kSlice);
     }
   };
-  __device__ int columns() const { return rows_; }
-  __device__ void put_measures() const {}
-  template <class Blocks>
-  __device__ float2 pair(const Blocks& blocks, int matrix, int row, int output) const {
-    return blocks.pair(matrix, row, output);
-  }
-
   __device__ Inputs inputs() const {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     Inputs inputs;

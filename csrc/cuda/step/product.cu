@@ -3,7 +3,6 @@
 #include <type_traits>
 
 #include "../rope.cuh"
-#include "folded_norm.cuh"
 #include "normed_rows.cuh"
 #include "product.h"
 #include "weight_stream.cuh"
@@ -28,10 +27,6 @@ struct Outlet {
     output = i % kPairs * 2;
   }
 };
-
-// Rows that all warps of a block multiply together.
-template <class T, int ROWS>
-using SharedRows = std::conditional_t<ROWS == 1, FoldedNorm<T, kNormedAhead>, NormedRows<T, ROWS>>;
 
 template <class T>
 __device__ float2 load_pair(const void* from, int64_t index) {
@@ -59,7 +54,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   WeightStream<T, 1, kNormedAhead> stream({p.weight}, p.hidden_size, outputs, warp, kWarps);
   stream.start(blockIdx.x);
   BlockSums<kWarps, 1, NT> block_sums(shared);
-  SharedRows<T, ROWS> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x, p.batch,
+  NormedRows<T, ROWS> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x, p.batch,
                            p.hidden_size);
   const Outlet<kWarps> outlet;
   const int output = blockIdx.x * kTile + outlet.output;
@@ -78,13 +73,12 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (inside) turn = __ldcg(p.rotations + (outlet.row * p.head_dim + element) / 2);
   rows.measure();
   rows.normalise();
-  auto&& inputs = rows.inputs();
+  auto inputs = rows.inputs();
   Sums<1, NT> sums;
   stream.multiply(inputs, sums);
-  rows.put_measures();
-  block_sums.put(sums, warp, rows.columns());
-  if (outlet.row >= rows.columns()) return;
-  float2 pair = rows.pair(block_sums, 0, outlet.row, outlet.output);
+  block_sums.put(sums, warp, p.batch);
+  if (outlet.row >= p.batch) return;
+  float2 pair = block_sums.pair(0, outlet.row, outlet.output);
   if (!inside || !live) return;
   pair = {pair.x + bias.x, pair.y + bias.y};
   if (head < p.query_heads) {
@@ -170,21 +164,20 @@ __global__ void __launch_bounds__(32 * kWarps) tlin_gate_step(const __grid_const
                                           kWarps);
   stream.start(blockIdx.x);
   BlockSums<kWarps, 2, NT> block_sums(shared);
-  SharedRows<T, ROWS> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x, p.batch,
+  NormedRows<T, ROWS> rows(shared + block_sums.kBytes / sizeof(uint4), p.norm, p.x, p.batch,
                            p.hidden_size);
   wait_for_previous();
   rows.measure();
   const Outlet<kWarps> outlet;
   const bool live = is_live(p, outlet.row);
   rows.normalise();
-  auto&& inputs = rows.inputs();
+  auto inputs = rows.inputs();
   Sums<2, NT> sums;
   stream.multiply(inputs, sums);
-  rows.put_measures();
-  block_sums.put(sums, warp, rows.columns());
-  if (outlet.row >= rows.columns()) return;
-  const float2 gate = rows.pair(block_sums, 0, outlet.row, outlet.output);
-  const float2 up = rows.pair(block_sums, 1, outlet.row, outlet.output);
+  block_sums.put(sums, warp, p.batch);
+  if (outlet.row >= p.batch) return;
+  const float2 gate = block_sums.pair(0, outlet.row, outlet.output);
+  const float2 up = block_sums.pair(1, outlet.row, outlet.output);
   const int output = blockIdx.x * kTile + outlet.output;
   if (!live || output >= p.intermediate_size) return;
   store_pair<T>(p.hidden, int64_t{outlet.row} * p.intermediate_size + output,
@@ -327,11 +320,15 @@ void project_step(const ProjectStep& p, const Launch& how) {
   in_passes(p, most_normed(p.hidden_size), [&](const ProjectStep& part, auto type, auto most_rows) {
     using T = typename decltype(type)::type;
     constexpr int ROWS = decltype(most_rows)::value, NT = ceil_div(ROWS, 8);
-    const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
-    const size_t shared =
-        BlockSums<kWarps, 1, NT>::kBytes + SharedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
-    launch(how, tlin_project_step<T, ROWS>, "project_step", ceil_div(outputs, kTile), 32 * kWarps,
-           shared, part, 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
+    if constexpr (ROWS == 1) {
+      project_row(part, how);
+    } else {
+      const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
+      const size_t shared =
+          BlockSums<kWarps, 1, NT>::kBytes + NormedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
+      launch(how, tlin_project_step<T, ROWS>, "project_step", ceil_div(outputs, kTile), 32 * kWarps,
+             shared, part, 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
+    }
   });
 }
 
@@ -339,8 +336,12 @@ void add_step(const AddStep& p, const Launch& how) {
   in_passes(p, 32, [&](const AddStep& part, auto type, auto most_rows) {
     using T = typename decltype(type)::type;
     constexpr int ROWS = decltype(most_rows)::value, NT = ceil_div(ROWS, 8);
-    launch(how, tlin_add_step<T, NT>, "add_step", ceil_div(p.outputs, kTile), 32 * kAddWarps,
-           BlockSums<kAddWarps, 1, NT>::kBytes, part);
+    if constexpr (ROWS == 1) {
+      add_row(part, how);
+    } else {
+      launch(how, tlin_add_step<T, NT>, "add_step", ceil_div(p.outputs, kTile), 32 * kAddWarps,
+             BlockSums<kAddWarps, 1, NT>::kBytes, part);
+    }
   });
 }
 
@@ -348,10 +349,14 @@ void gate_step(const GateStep& p, const Launch& how) {
   in_passes(p, most_normed(p.hidden_size), [&](const GateStep& part, auto type, auto most_rows) {
     using T = typename decltype(type)::type;
     constexpr int ROWS = decltype(most_rows)::value, NT = ceil_div(ROWS, 8);
-    const size_t shared =
-        BlockSums<kWarps, 2, NT>::kBytes + SharedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
-    launch(how, tlin_gate_step<T, ROWS>, "gate_step", ceil_div(p.intermediate_size, kTile),
-           32 * kWarps, shared, part);
+    if constexpr (ROWS == 1) {
+      gate_row(part, how);
+    } else {
+      const size_t shared =
+          BlockSums<kWarps, 2, NT>::kBytes + NormedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
+      launch(how, tlin_gate_step<T, ROWS>, "gate_step", ceil_div(p.intermediate_size, kTile),
+             32 * kWarps, shared, part);
+    }
   });
 }
 

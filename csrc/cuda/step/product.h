@@ -82,4 +82,9 @@ struct HeadStep : StepRows {
 int head_candidates(int vocab_size);  // candidates of a row
 void head_step(const HeadStep& p, const Launch& how);
 
+// The same for one sequence, which waits for each instruction of theirs.
+void project_row(const ProjectStep& p, const Launch& how);
+void add_row(const AddStep& p, const Launch& how);
+void gate_row(const GateStep& p, const Launch& how);
+
 }  // namespace tlinformer::cuda
