@@ -13,9 +13,10 @@ namespace tlinformer {
 namespace cuda {
 namespace {
 
-constexpr int64_t kRing = 64;   // draws whose tokens the host may be late to fetch
-constexpr int64_t kAhead = 16;  // tokens that the device may be ahead of the host
-constexpr int64_t kEvents = 4;  // pieces of a slide that may be under way
+constexpr int64_t kRing = 64;     // draws whose tokens the host may be late to fetch
+constexpr int64_t kAhead = 16;    // tokens that the device may be ahead of the host
+constexpr int64_t kTogether = 4;  // tokens that are launched at once, if as many are expected
+constexpr int64_t kEvents = 4;    // pieces of a slide that may be under way
 
 __global__ void tlin_set_history(SequenceState* state, int64_t history, int32_t compressed) {
   state->history = history;
@@ -93,10 +94,9 @@ class CudaBackend final : public Backend {
       step_->set_ring(ring_, kRing);
       set_state();
       push_ = std::make_unique<Graph>([&](cudaStream_t stream) { step_->push({stream, false}); });
-      draw_and_push_ = std::make_unique<Graph>([&](cudaStream_t stream) {
-        step_->sample({stream, false});
-        step_->push({stream, true});
-      });
+      one_ = std::make_unique<Graph>([&](cudaStream_t stream) { draw_and_push(stream, 1); });
+      several_ =
+          std::make_unique<Graph>([&](cudaStream_t stream) { draw_and_push(stream, kTogether); });
       check(cudaStreamSynchronize(stream_), "creation of the engine");
     } catch (...) {
       release();
@@ -176,8 +176,12 @@ class CudaBackend final : public Backend {
       step_->sample({stream_, false});
       ++launched_;
     }
-    for (; to_launch_ > 0 && launched_ - taken_ < kAhead; --to_launch_, ++launched_) {
-      draw_and_push_->launch(stream_);
+    while (to_launch_ > 0) {
+      const int64_t tokens = to_launch_ < kTogether ? 1 : kTogether;
+      if (launched_ - taken_ + tokens > kAhead) break;
+      (tokens == 1 ? one_ : several_)->launch(stream_);
+      to_launch_ -= tokens;
+      launched_ += tokens;
     }
     drawn.clear();
     for (SequenceState& state : device_) state.live %= 2;  // 2, a stop token's sequence, is over
@@ -222,6 +226,13 @@ class CudaBackend final : public Backend {
     check(cudaMemcpyAsync(states(), device_.data(), device_.size() * sizeof(SequenceState),
                           cudaMemcpyHostToDevice, stream_),
           "copy of the sequences' state");
+  }
+
+  void draw_and_push(cudaStream_t stream, int64_t tokens) const {
+    for (int64_t i = 0; i < tokens; ++i) {
+      step_->sample({stream, i > 0});
+      step_->push({stream, true});
+    }
   }
 
   // One token of each span through the model.
@@ -313,7 +324,8 @@ class CudaBackend final : public Backend {
   }
 
   void release() {
-    draw_and_push_.reset();
+    several_.reset();
+    one_.reset();
     push_.reset();
     step_.reset();
     for (auto& many : many_) many.reset();
@@ -331,7 +343,7 @@ class CudaBackend final : public Backend {
   char* base_;
   std::unique_ptr<ManyRows> many_[2];  // on stream_ and on side_
   std::unique_ptr<Step> step_;
-  std::unique_ptr<Graph> push_, draw_and_push_;
+  std::unique_ptr<Graph> push_, one_, several_;  // one_, several_: tokens, drawn first
   cudaEvent_t events_[kEvents + 1] = {};
   cudaEvent_t& meeting_ = events_[kEvents];  // of the two streams
   cudaStream_t side_ = nullptr;

@@ -49,11 +49,12 @@ __device__ inline uint32_t address_in_block(uint32_t address, int block) {
 
 // The other block's barrier counts the bytes once they are there: no fence is needed, which would
 // be one of the whole device.
-__device__ inline void send(uint32_t remote, float x, uint32_t remote_barrier) {
+__device__ inline void send(uint32_t remote, float2 x, uint32_t remote_barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
-      "r"(__float_as_uint(x)), "r"(remote_barrier));
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+          remote),
+      "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(remote_barrier));
 #endif
 }
 

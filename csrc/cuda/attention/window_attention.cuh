@@ -32,15 +32,103 @@ struct WindowPlaces {
   bool fits() const { return end <= 160 * 1024; }
 };
 
+// A key and its value on their way into a warp's tile, 4 elements at a time.
+template <class T, int d>
+class NewRow {
+  static constexpr int kQuads = d / 4, kLoads = (2 * kQuads + 31) / 32;
+
+ public:
+  __device__ void aim(const T* key, const T* value, T* to_key, T* to_value) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int quad = threadIdx.x % 32 + 32 * i;
+      const bool is_key = quad < kQuads;
+      const int at = 4 * (is_key ? quad : quad - kQuads);
+      if (quad >= 2 * kQuads) continue;
+      from_[i] = (is_key ? key : value) + at;
+      to_[i] = (is_key ? to_key : to_value) + at;
+    }
+  }
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (to_[i] != nullptr) words_[i] = __ldcg(reinterpret_cast<const uint2*>(from_[i]));
+    }
+  }
+  __device__ void store() const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (to_[i] != nullptr) *reinterpret_cast<uint2*>(to_[i]) = words_[i];
+    }
+  }
+
+ private:
+  uint2 words_[kLoads];
+  const T* from_[kLoads];
+  T* to_[kLoads] = {};
+};
+
+// A warp's part of one softmax's output from the records of `count` warps: of every fourth of
+// them, from `first` on, over the weights of all. All zeros of none.
+template <class T, int d>
+__device__ void merge_records(const float* records, int count, int first, float* to) {
+  using Rows = EightRows<T, d>;
+  constexpr int kRecord = d + 2, kMost = kWindowCluster * kWindowWarps / 32;
+  const int lane = threadIdx.x % 32;
+  float2 measure[kMost];
+  float most = kMinusInfinity;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const int r = lane + 32 * i;
+    measure[i] = {kMinusInfinity, 0};
+    if (r < count) measure[i] = *reinterpret_cast<const float2*>(records + r * kRecord + d);
+    most = fmaxf(most, measure[i].x);
+  }
+  most = warp_max(most);
+  float weight[kMost], total = 0, sums[Rows::kOwnValues] = {};
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    weight[i] = count > 0 ? exp2_fast(measure[i].x - most) : 0.0f;
+    total += weight[i] * measure[i].y;
+  }
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (32 * i >= count) break;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int r = 4 * j + first;
+      const float own = __shfl_sync(0xffffffffu, weight[i], r);
+      if (lane >= Rows::kValueLanes) continue;
+      // The last record again does no harm with a weight of zero.
+      const float* const from = records + min(r + 32 * i, count - 1) * kRecord;
+#pragma unroll
+      for (int e = 0; e < Rows::kOwnValues; e += 2) {
+        const float2 x = *reinterpret_cast<const float2*>(from + Rows::kOwnValues * lane + e);
+        sums[e] += own * x.x;
+        sums[e + 1] += own * x.y;
+      }
+    }
+  }
+  total = warp_sum(total);
+  const float scale = total > 0 ? __fdividef(1.0f, total) : total;
+  if (lane >= Rows::kValueLanes) return;
+#pragma unroll
+  for (int e = 0; e < Rows::kOwnValues; e += 2) {
+    *reinterpret_cast<float2*>(to + Rows::kOwnValues * lane + e) = {sums[e] * scale,
+                                                                    sums[e + 1] * scale};
+  }
+}
+
 template <class T, int d>
 __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
     tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks) {
   using Places = WindowPlaces<d>;
   using Rows = EightRows<T, d>;
-  constexpr int kRecord = Places::kRecord, kQuads = d / 4;
+  constexpr int kRecord = Places::kRecord;
   let_next_start();
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kWindowWarps], all_records;
+  __shared__ __align__(8) float parts[kWindowWarps][d];  // of an output
   const int blocks = 1 << shift_blocks,
             shift_warps = shift_blocks + 3;  // a power of two, all of them
   static_assert(kWindowWarps == 8);
@@ -114,6 +202,18 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
               lane);
   }
   commit_copies();
+  // The rows that no copy has brought: one more than there may be, as `own` is not known yet.
+  NewRow<T, d> newer[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = cached + i, number = context_units + row / kEight;
+    const bool exists =
+        row < most - context && int64_t{first_row + row + 1} * d <= a.window.head_stride;
+    if (!exists || (number & (warps - 1)) != place) continue;
+    const Unit u = unit_of(number >> shift_warps);
+    const int at = row % kEight * d;
+    newer[i].aim(u.cached_keys + at, u.cached_values + at, u.keys + at, u.values + at);
+  }
   // The other blocks have started: their barriers are there.
   if (blocks > 1) dsmem::wait_for_blocks();
 
@@ -121,36 +221,14 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   const int64_t first_query = int64_t{sequence} * a.query_heads + head * group;
   const float* const queries = a.query + first_query * d;
   auto query = Rows::load(queries);
+#pragma unroll
+  for (auto& row : newer) row.load();
   const bool live = state->live != 0;
   const int own = static_cast<int>(state->last - history);
-  // The window's rows that no copy has brought. Only the second one's loads wait for `own`.
-  const auto fetch = [&](int row) {
-    constexpr int kLoads = (2 * kQuads + 31) / 32;
-    const int number = context_units + row / kEight;
-    if ((number & (warps - 1)) != place) return;
-    const Unit u = unit_of(number >> shift_warps);
-    uint2 words[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int quad = lane + 32 * i;
-      const T* const from =
-          quad < kQuads ? u.cached_keys + 4 * quad : u.cached_values + 4 * (quad - kQuads);
-      if (quad < 2 * kQuads) {
-        words[i] = __ldcg(reinterpret_cast<const uint2*>(from + row % kEight * d));
-      }
-    }
-    if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int quad = lane + 32 * i;
-      T* const to = quad < kQuads ? u.keys + 4 * quad : u.values + 4 * (quad - kQuads);
-      if (quad < 2 * kQuads) *reinterpret_cast<uint2*>(to + row % kEight * d) = words[i];
-    }
-    __syncwarp();
-  };
-  if (cached < most - context) fetch(cached);
-  if (own > cached) fetch(own);
   if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
+#pragma unroll
+  for (const auto& row : newer) row.store();
+  __syncwarp();
   if (!live) return;
   const int window = own + 1, window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
@@ -166,7 +244,8 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
 
 #pragma unroll 1
   for (int i = 0; i < group; ++i) {
-    const auto next = Rows::load(queries + min(i + 1, group - 1) * d);
+    typename Rows::Query next;
+    if (i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     int turn = 0;
 #pragma unroll 1
     for (int softmax = 0; softmax < 2; ++softmax) {
@@ -186,11 +265,11 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
       float* const record =
           records + ((((i >> shift_blocks) * 2 + softmax) << shift_warps) + number) * kRecord;
       if (blocks == 1) {
-        rows.finish([&](int at, float x) { record[at] = x; });
+        rows.finish([&](int at, float2 x) { *reinterpret_cast<float2*>(record + at) = x; });
       } else {
         const uint32_t to = dsmem::address_in_block(shared_address(record), (i & (blocks - 1)));
         const uint32_t barrier = dsmem::address_in_block(record_barrier, (i & (blocks - 1)));
-        rows.finish([&](int at, float x) { dsmem::send(to + 4 * at, x, barrier); });
+        rows.finish([&](int at, float2 x) { dsmem::send(to + 4 * at, x, barrier); });
       }
     }
     query = next;
@@ -201,48 +280,26 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   } else {
     __syncthreads();
   }
-  // Eight lanes have four elements of one softmax of one query, the next eight of the other.
-  const int items = merges * kQuads * 2;
+  const int softmax = warp % 2, count = records_of(softmax);
 #pragma unroll 1
-  for (int base = threadIdx.x / 32 * 4; base < items; base += kWindowThreads / 8) {
-    const int item = min(base + lane / 8, items - 1);
-    const int softmax = item % 2, quad = item / 2 % kQuads, merged = item / 2 / kQuads;
-    const float* const from = records + (merged * 2 + softmax) * warps * kRecord;
-    const int count = records_of(softmax);
-    float top = kMinusInfinity;
-#pragma unroll 4
-    for (int r = lane % 8; r < count; r += 8) top = fmaxf(top, from[r * kRecord + d]);
+  for (int m = 0; m < merges; ++m) {
+    if (m > 0) __syncthreads();
+    const float* const from = records + (((m * 2 + softmax) << shift_warps)) * kRecord;
+    merge_records<T, d>(from, count, warp / 2, parts[warp]);
+    __syncthreads();
+    if (warp > 0 || lane >= Rows::kValueLanes) continue;
+    T* const to = static_cast<T*>(a.output) + (first_query + block + (m << shift_blocks)) * d;
 #pragma unroll
-    for (int other = 1; other < 8; other *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, other));
-    }
-    float sums[5] = {};
-#pragma unroll 4
-    for (int r = lane % 8; r < count; r += 8) {
-      const float* const record = from + r * kRecord;
-      const float weight = exp2_fast(record[d] - top);
-      const float2 low = reinterpret_cast<const float2*>(record)[2 * quad];
-      const float2 high = reinterpret_cast<const float2*>(record)[2 * quad + 1];
-      sums[0] += weight * low.x;
-      sums[1] += weight * low.y;
-      sums[2] += weight * high.x;
-      sums[3] += weight * high.y;
-      sums[4] += weight * record[d + 1];
-    }
+    for (int i = 0; i < Rows::kOwnValues; i += 2) {
+      const int at = Rows::kOwnValues * lane + i;
+      float2 sum = {0, 0};
 #pragma unroll
-    for (int other = 1; other < 8; other *= 2) {
-#pragma unroll
-      for (float& x : sums) x += __shfl_xor_sync(0xffffffffu, x, other);
+      for (int w = 0; w < kWindowWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(&parts[w][at]);
+        sum = {sum.x + part.x, sum.y + part.y};
+      }
+      *reinterpret_cast<uint32_t*>(to + at) = pack<T>(sum.x, sum.y);
     }
-    const float scale = sums[4] > 0 ? __fdividef(1.0f, sums[4]) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[i] *= scale;
-      sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 8);
-    }
-    if (lane % 16 != 0 || base + lane / 8 >= items) continue;
-    T* const to = static_cast<T*>(a.output) + (first_query + block + merged * blocks) * d;
-    reinterpret_cast<uint2*>(to)[quad] = {pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3])};
   }
 }
 
