@@ -74,6 +74,16 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
+// Whether the code that runs here was compiled for an architecture of this number or above: newer
+// devices may run that of older ones, too.
+template <class Kernel>
+bool compiled_for(Kernel* kernel, int architecture) {
+  cudaFuncAttributes compiled{};
+  const cudaError_t status = cudaFuncGetAttributes(&compiled, kernel);
+  if (status != cudaSuccess) cudaGetLastError();
+  return status == cudaSuccess && compiled.ptxVersion >= architecture;
+}
+
 // Of the current device; asked once. Without one a plan can still be made, as for an H200.
 inline int multiprocessors() {
   static const int count = [] {

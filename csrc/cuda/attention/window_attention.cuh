@@ -303,14 +303,8 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   }
 }
 
-// Code for older devices, which newer ones may run too, has no clusters.
 inline bool has_clusters() {
-  static const bool has = [] {
-    cudaFuncAttributes compiled{};
-    const cudaError_t status = cudaFuncGetAttributes(&compiled, tlin_window_attention<bf16, 64>);
-    if (status != cudaSuccess) cudaGetLastError();
-    return status == cudaSuccess && compiled.ptxVersion >= 90;
-  }();
+  static const bool has = compiled_for(tlin_window_attention<bf16, 64>, 90);
   return has;
 }
 

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "../rope.cuh"
+#include "candidate.cuh"
 #include "normed_rows.cuh"
 #include "product.h"
 #include "weight_stream.cuh"
@@ -184,14 +185,6 @@ __global__ void __launch_bounds__(32 * kWarps) tlin_gate_step(const __grid_const
                 {silu(gate.x) * up.x, silu(gate.y) * up.y});
 }
 
-// NaN is likelier than anything, so that nobody overlooks it; the lower id among equals.
-__device__ Candidate likelier(Candidate a, Candidate b) {
-  const bool a_nan = a.logit != a.logit, b_nan = b.logit != b.logit;
-  if (a_nan != b_nan) return a_nan ? a : b;
-  if (a_nan || a.logit == b.logit) return a.token < b.token ? a : b;
-  return a.logit > b.logit ? a : b;
-}
-
 // Every warp has tiles of its own: there are plenty.
 template <class T, int ROWS>
 __global__ void __launch_bounds__(32 * kWarps, 2)
@@ -214,7 +207,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 
   Candidate best[NT][2];
 #pragma unroll
-  for (int n = 0; n < NT; ++n) best[n][0] = best[n][1] = {-INFINITY, INT32_MAX};
+  for (int n = 0; n < NT; ++n) best[n][0] = best[n][1] = kNoCandidate;
   for (; tile * kTile < p.vocab_size; tile += kWarps * gridDim.x) {
     Sums<1, NT> sums;
     stream.multiply(inputs, sums, tile + kWarps * gridDim.x);
@@ -236,12 +229,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Candidate found = best[n][i];
-#pragma unroll
-      for (int distance = 4; distance < 32; distance *= 2) {
-        found = likelier(found, {__shfl_xor_sync(0xffffffffu, found.logit, distance),
-                                 __shfl_xor_sync(0xffffffffu, found.token, distance)});
-      }
+      const Candidate found = likeliest_of_warp(best[n][i], 4);
       if (g == 0) of_warps[warp * NT * 8 + 8 * n + 2 * q + i] = found;
     }
   }
@@ -368,6 +356,7 @@ void head_step(const HeadStep& p, const Launch& how) {
   in_passes(p, most_normed(p.hidden_size), [&](const HeadStep& part, auto type, auto most_rows) {
     using T = typename decltype(type)::type;
     constexpr int ROWS = decltype(most_rows)::value, NT = ceil_div(ROWS, 8);
+    if (ROWS == 1 && head_row(part, head_candidates(p.vocab_size), how)) return;
     const size_t shared =
         sizeof(Candidate) * kWarps * NT * 8 + NormedRows<T, ROWS>::bytes(part.batch, p.hidden_size);
     launch(how, tlin_head_step<T, ROWS>, "head_step", head_candidates(p.vocab_size), 32 * kWarps,

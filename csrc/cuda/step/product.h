@@ -86,5 +86,7 @@ void head_step(const HeadStep& p, const Launch& how);
 void project_row(const ProjectStep& p, const Launch& how);
 void add_row(const AddStep& p, const Launch& how);
 void gate_row(const GateStep& p, const Launch& how);
+// False, and nothing is launched, where the device or the width does not allow it.
+bool head_row(const HeadStep& p, int candidates, const Launch& how);
 
 }  // namespace tlinformer::cuda

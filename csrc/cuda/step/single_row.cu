@@ -47,7 +47,7 @@ class NormedProduct {
     const int warp = warp_index(), lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {
-      float4* const to = &shared_.sums[warp][m * kTile + weights_.own_output()];
+      float4* const to = &shared_.sums[warp][m * kTile + RowSums::own_output()];
       reinterpret_cast<float2*>(to)[lane % 2] = weights_.sum(m);
     }
     const float2 measures = row_.measures();
@@ -64,7 +64,7 @@ class NormedProduct {
       sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
       measures = {measures.x + shared_.measures[warp].x, measures.y + shared_.measures[warp].y};
     }
-    return row_.normed(measures, sum, per_width, epsilon_);
+    return NormOf<T>(measures, per_width, epsilon_).apply(sum);
   }
 
  private:
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_row(const __grid_cons
   const float x = __ldcg(p.x + output);
   weights.multiply(row);
   const float2 own = weights.sum(0);
-  if (lane % 2 == 0) shared[warp][weights.own_output()] = own.x;
+  if (lane % 2 == 0) shared[warp][RowSums::own_output()] = own.x;
   __syncthreads();
   if (warp != kAddWarps - 1) return;
   float sum = 0;  // over half of the warps

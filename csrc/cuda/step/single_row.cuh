@@ -34,6 +34,27 @@ __device__ inline uint32_t load_word(const void* from, bool inside) {
   return word;
 }
 
+// The sums of a tile with four vectors, as mma leaves them.
+struct RowSums {
+  float low[4] = {}, high[4] = {};
+
+  // Words of outputs g and g + 8, and those of the vectors.
+  template <class T>
+  __device__ void add(uint4 of_low, uint4 of_high, uint2 vectors) {
+    mma<T>(low, {of_low.x, of_low.y, of_low.z, of_low.w}, vectors.x, vectors.y);
+    mma<T>(high, {of_high.x, of_high.y, of_high.z, of_high.w}, vectors.x, vectors.y);
+  }
+  // Of own_output(), with vectors 2 (q % 2) and 2 (q % 2) + 1.
+  __device__ float2 own() const {
+    const bool first = threadIdx.x % 4 < 2;
+    const float2 sent = first ? float2{high[0], high[1]} : float2{low[2], low[3]};
+    const float2 kept = first ? float2{low[0], low[1]} : float2{high[2], high[3]};
+    return {kept.x + __shfl_xor_sync(0xffffffffu, sent.x, 2),
+            kept.y + __shfl_xor_sync(0xffffffffu, sent.y, 2)};
+  }
+  static __device__ int own_output() { return threadIdx.x % 32 / 4 + threadIdx.x % 4 / 2 * 8; }
+};
+
 // Multiplies rows that `Inputs` gives: load(i, slices) is called ahead of at(i).
 template <class T, int MATRICES, int WARPS, int AHEAD>
 class RowWeights {
@@ -66,11 +87,7 @@ class RowWeights {
         const uint2 b = inputs.at(i);
 #pragma unroll
         for (int m = 0; m < MATRICES; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint4 a = words_[i][m][half];
-            mma<T>(sums_[m][half], {a.x, a.y, a.z, a.w}, b.x, b.y);
-          }
+          sums_[m].template add<T>(words_[i][m][0], words_[i][m][1], b);
         }
       }
       slices += AHEAD * WARPS;
@@ -83,17 +100,7 @@ class RowWeights {
     }
   }
 
-  // The warp's share of output own_output(), with vectors 2 (q % 2) and 2 (q % 2) + 1.
-  __device__ float2 sum(int m) const {
-    const auto& low = sums_[m][0];
-    const auto& high = sums_[m][1];
-    const bool first = threadIdx.x % 4 < 2;
-    const float2 sent = first ? float2{high[0], high[1]} : float2{low[2], low[3]};
-    const float2 kept = first ? float2{low[0], low[1]} : float2{high[2], high[3]};
-    return {kept.x + __shfl_xor_sync(0xffffffffu, sent.x, 2),
-            kept.y + __shfl_xor_sync(0xffffffffu, sent.y, 2)};
-  }
-  static __device__ int own_output() { return threadIdx.x % 32 / 4 + threadIdx.x % 4 / 2 * 8; }
+  __device__ float2 sum(int m) const { return sums_[m].own(); }
 
  private:
   __device__ void load(int i, int slices) {
@@ -110,7 +117,7 @@ class RowWeights {
   int left_;  // inputs from the lane's first on
   const T* from_[MATRICES][2];
   uint4 words_[AHEAD][MATRICES][2];
-  float sums_[MATRICES][2][4] = {};
+  RowSums sums_[MATRICES];
 };
 
 // A row of T, slices warp, warp + WARPS ... of it.
@@ -140,6 +147,10 @@ class PlainRow {
   int left_;
   uint2 words_[AHEAD];
 };
+
+// Keeps x w of float16 from overflowing; what it then lacks for small values, vector 3 has.
+template <class T>
+constexpr float kShrink = std::is_same_v<T, f16> ? 1.0f / 64 : 1.0f;
 
 // A row of float32 through a LayerNorm. W (z w + b), where z = (x - mean) / deviation, is a sum of
 // products of W with x w, with w and with b. These cost nothing, as mma multiplies eight columns
@@ -175,7 +186,7 @@ class FoldedRow {
       sums_.x += x.x + x.y;
       sums_.y += x.x * x.x;
       sums_.y += x.y * x.y;
-      const float2 product = {kShrink * x.x * weight.x, kShrink * x.y * weight.y};
+      const float2 product = {kShrink<T> * x.x * weight.x, kShrink<T> * x.y * weight.y};
       const float2 kept = unpack<T>(pack<T>(product.x, product.y));
       const uint32_t own = pack<T>(product.x + less_ * kept.x, product.y + less_ * kept.y);
       return has_x_ ? own : words;
@@ -194,19 +205,7 @@ class FoldedRow {
     return sums;
   }
 
-  // W norm(x), from the sums over all inputs: of x and its squares, and of the four products.
-  static __device__ float normed(float2 measures, float4 sum, float per_width, float epsilon) {
-    const float mean = measures.x * per_width;
-    const float variance = fmaxf(measures.y * per_width - mean * mean, 0.0f);
-    float scale;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(variance + epsilon));
-    return scale * ((sum.x + sum.w) / kShrink - mean * sum.y) + sum.z;
-  }
-
  private:
-  // Keeps float16 from overflowing; what it then lacks for small values, vector 3 has.
-  static constexpr float kShrink = std::is_same_v<T, f16> ? 1.0f / 64 : 1.0f;
-
   __device__ void load_parameters(int i, int slices) {
     const int k = slices * kSlice;
     parameter_[i] = {load_word(parameters_ + k, k < left_),
@@ -230,6 +229,27 @@ class FoldedRow {
   float2 sums_ = {0, 0};
   uint2 parameter_[AHEAD];
   float2 x_ahead_[AHEAD][2];
+};
+
+// W norm(x), from the sums of x and of its squares and from the products with a FoldedRow.
+template <class T>
+struct NormOf {
+  float mean, scale;
+
+  __device__ NormOf(float2 measures, float per_width, float epsilon)
+      : mean(measures.x * per_width) {
+    const float variance = fmaxf(measures.y * per_width - mean * mean, 0.0f);
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(variance + epsilon));
+  }
+  __device__ float apply(float4 sum) const {
+    return scale * ((sum.x + sum.w) / kShrink<T> - mean * sum.y) + sum.z;
+  }
+  // Of the sums that two neighbouring lanes have, to both.
+  __device__ float apply(float2 own) const {
+    const float part = threadIdx.x % 2 == 0 ? scale * (own.x / kShrink<T> - mean * own.y)
+                                            : own.x + scale * (own.y / kShrink<T>);
+    return part + __shfl_xor_sync(0xffffffffu, part, 1);
+  }
 };
 
 }  // namespace tlinformer::cuda::step
