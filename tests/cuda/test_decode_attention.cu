@@ -179,6 +179,7 @@ void test(const Case& c, unsigned seed) {
   a.window = cached(device_window, window);
   a.window_follows_history = c.follows;
   a.most_rows = random.below(2) ? 0 : most_context + most_window;
+  a.most_window_rows = random.below(2) ? 0 : most_window;
   a.scratch = scratch.data();
   a.blocks = c.blocks;
 
@@ -375,6 +376,7 @@ void bench(const Shape& m, int64_t history, int blocks, bool early) {
   a.context_rows = ContextRows::history;
   a.window_follows_history = true;
   a.most_rows = rows;
+  a.most_window_rows = window;
   a.scratch = scratch.data();
   a.blocks = blocks;
   int next = 0;

@@ -380,7 +380,7 @@ void test_head(const Problem<T>& problem, Embed kind, unsigned seed) {
       tokens.resize(1000);
     }
     for (const int token : tokens) {
-      const Dot sum = dot(embed, token, problem.normed_row(row), s.width);
+      const Dot sum = dot(embed, token, problem.folded_row(row), s.width);
       CHECK_CLOSE(own[token], sum.value, sum.tolerance<T>());
     }
   }

@@ -38,8 +38,9 @@ __device__ inline void merge(const SequenceRows& rows, int pass, int64_t share,
   const int group = lane / 16;
   const int count = group == 0 ? rows.context : rows.window;
   const int64_t begin = rows.before + int64_t{pass} * rows.rows() + (group == 0 ? 0 : rows.context);
-  const int64_t block = begin / share;
-  const int pieces = count == 0 ? 0 : static_cast<int>((begin + count - 1) / share - block + 1);
+  const int64_t block = divide(begin, share);
+  const int pieces =
+      count == 0 ? 0 : static_cast<int>(divide(begin + count - 1, share) - block + 1);
   const float* piece = partials + (block + group) * stride;
   float top = kMinusInfinity, sum = 0;
   float4 total[kVectors] = {};
@@ -145,12 +146,20 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   // The next tile to fetch, without bytes if there is none.
   const auto next_tile = [&](bool windows_too) {
     TileRows<T> rows{};
+    int exist = 0;
 #pragma unroll 1
-    while (ahead.count > 0 && ahead_at >= ahead.count) {
-      ahead_at -= whole_tiles(ahead.count);
-      ahead.next(table, passes);
+    while (ahead.count > 0) {
+      if (ahead_at >= ahead.count) {
+        ahead_at -= whole_tiles(ahead.count);
+        ahead.next(table, passes);
+        continue;
+      }
+      if (ahead.group == 1 && !windows_too) return rows;
+      exist = ahead.exist(table, ahead_at, tile);
+      if (exist > 0) break;
+      ahead_at += kWarps * tile;
     }
-    if (ahead.count == 0 || (ahead.group == 1 && !windows_too)) return rows;
+    if (ahead.count == 0) return rows;
     const CachedRows& from = ahead.group == 0 ? a.context : a.window;
     const int row = ahead.row + ahead_at + (ahead.group == 0 ? 0 : table[ahead.sequence].first);
     const int shift = row & (Layout::kAligned - 1);
@@ -159,8 +168,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
                            static_cast<int64_t>(row - shift) * D;
     rows.keys = static_cast<const T*>(from.keys) + offset;
     rows.values = static_cast<const T*>(from.values) + offset;
-    const int count = shift + min(ahead.count - ahead_at, tile);
-    rows.bytes = (count * Layout::kRowBytes + 15) / 16 * 16;
+    rows.bytes = ((shift + exist) * Layout::kRowBytes + 15) / 16 * 16;
     ahead_at += kWarps * tile;
     return rows;
   };
@@ -184,10 +192,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     mine.load_queries(a.query + first_query(pass) * D, heads_each - pass % passes_each * H, lane);
   };
 
-  // A plan from the state as it may have been a token ago lets the context rows come while the
-  // previous kernel still runs, and the window rows while the plan is checked. If it proves wrong,
-  // all is done again.
-  bool ended = false;  // the previous kernel
+  // A plan from the state as it was before the previous kernel ended lets the context's rows come
+  // while that still runs. If it proves wrong, all is done again.
 #pragma unroll 1
   for (bool checked = false;; checked = true) {
     if (warp == 0) make_plan(a, passes, Layout::kTile, lane, table, &plan);
@@ -197,30 +203,29 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     for (tile = Layout::kRows; tile < Layout::kTile && tile * kWarps < plan.share;) tile *= 2;
     at = ahead_at = warp * tile;
 #pragma unroll 1
-    for (;;) {
-      if (ended && walk.count > 0) load_queries();
-      Walk resume = ahead;
-      int resume_at = ahead_at;
-#pragma unroll 1
-      while (room()) {
-        const TileRows<T> rows = next_tile(ended);
-        if (rows.bytes == 0) break;
-        fetch(rows);
-        resume = ahead;
-        resume_at = ahead_at;
+    while (room()) {
+      const Walk resume = ahead;
+      const int resume_at = ahead_at;
+      const TileRows<T> rows = next_tile(false);
+      if (rows.bytes == 0) {
+        ahead = resume;
+        ahead_at = resume_at;
+        break;
       }
-      ahead = resume;
-      ahead_at = resume_at;
-      if (ended) break;
+      fetch(rows);
+    }
+    if (!checked) {
       wait_for_previous();
       order_copies_after_stores();
-      ended = true;
     }
-    if (checked) break;
+    if (walk.count > 0) load_queries();
     bool stale = false;
 #pragma unroll 1
-    for (int sequence = threadIdx.x; sequence < a.batch; sequence += kThreads)
-      stale |= !rows_of(a, sequence).same(table[sequence]);
+    for (int sequence = threadIdx.x; sequence < a.batch; sequence += kThreads) {
+      const SequenceRows now = rows_of(a, sequence);
+      stale |= !now.same(table[sequence]);
+      table[sequence].filled[1] = now.filled[1];
+    }
     if (!__syncthreads_or(stale)) break;
 #pragma unroll 1
     while (used < fetched) await();
@@ -239,11 +244,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       fetch(rows);
     }
     if (at < walk.count) {
-      const int row = walk.row + at + (walk.group == 0 ? 0 : table[walk.sequence].first);
-      const int shift = row & (Layout::kAligned - 1);
-      const char* keys = ring + await() * (2 * kTileBytes) + shift * Layout::kRowBytes;
-      mine.add(keys, min(walk.count - at, tile), lane);
-      any = true;
+      const int exist = walk.exist(table, at, tile);
+      if (exist > 0) {
+        const int row = walk.row + at + (walk.group == 0 ? 0 : table[walk.sequence].first);
+        const int shift = row & (Layout::kAligned - 1);
+        const char* keys = ring + await() * (2 * kTileBytes) + shift * Layout::kRowBytes;
+        mine.add(keys, exist, lane);
+        any = true;
+      }
       at += kWarps * tile;
       __syncwarp();
       continue;
@@ -291,7 +299,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       const SequenceRows& rows = table[pass / passes];
       const int64_t begin = rows.before + int64_t{pass % passes} * rows.rows();
       if (rows.rows() > 0) {
-        const int64_t blocks = (begin + rows.rows() - 1) / plan.share - begin / plan.share + 1;
+        const int64_t blocks =
+            divide(begin + rows.rows() - 1, plan.share) - divide(begin, plan.share) + 1;
         if (arrive(&arrivals[pass]) == blocks - 1) {
           arrivals[pass] = 0;  // for the next launch
           finished[atomicAdd(&finished_count, 1)] = pass;

@@ -34,9 +34,10 @@ struct DecodeAttention {
   // Rows first ... first + last - history, of which the last one was written by the kernel before.
   CachedRows window{};
   bool window_follows_history = false;  // first = state.history, else 0
-  int64_t most_rows = 0;    // upper bound of context + window rows of a sequence, by the plan
-  void* scratch = nullptr;  // decode_attention_scratch() bytes, zeroed once at creation
-  int blocks = 0;           // thread blocks, at most multiprocessors(); 0: chosen here
+  int64_t most_rows = 0;     // upper bound of context + window rows of a sequence, by the plan
+  int most_window_rows = 0;  // and of window rows
+  void* scratch = nullptr;   // decode_attention_scratch() bytes, zeroed once at creation
+  int blocks = 0;            // thread blocks, at most multiprocessors(); 0: chosen here
 };
 
 int64_t decode_attention_scratch(int batch, int query_heads, int head_dim);

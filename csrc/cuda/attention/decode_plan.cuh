@@ -1,22 +1,24 @@
 // Which block attends to which rows: the rows of all sequences, passes and groups in a line, cut
-// into equal shares. A pass is one reading of a key/value head's rows, context then window.
+// into equal shares. A pass is one reading of a key/value head's rows, context then window. Windows
+// count as if they were full: a plan then holds from slide to slide.
 #pragma once
 
 #include "decode_attention.h"
 
 namespace tlinformer::cuda {
 
-constexpr int kShareAlignment = 4;  // rows: four are whole 32-byte sectors, also of 72 bytes each
+constexpr int kShareAlignment = 16;  // rows: whole lines of 128 bytes, also of 72 bytes each
 
 // Rows of one head fit int, rows of all heads need not.
 struct SequenceRows {
   int64_t before = 0;           // rows of the sequences before it, of all passes
-  int context = 0, window = 0;  // rows of a head; none if the sequence is not live
+  int context = 0, window = 0;  // rows of a head in the plan; none if the sequence is not live
   int first = 0;                // row where the window begins
+  int filled[2] = {0, 0};       // rows of both that exist, from the first on
 
   __device__ int rows() const { return context + window; }
   __device__ bool same(const SequenceRows& other) const {
-    return context == other.context && window == other.window && first == other.first;
+    return filled[0] == other.filled[0] && window == other.window && first == other.first;
   }
 };
 
@@ -28,11 +30,19 @@ __device__ inline SequenceRows rows_of(const DecodeAttention& a, int sequence) {
   const int compressed = __ldcg(&state->compressed), live = __ldcg(&state->live);
   SequenceRows rows;
   if (live == 0) return rows;
-  if (a.context_rows == ContextRows::history) rows.context = history;
-  if (a.context_rows == ContextRows::compressed) rows.context = compressed;
-  rows.window = max(last - history + 1, 1);
+  if (a.context_rows == ContextRows::history) rows.filled[0] = history;
+  if (a.context_rows == ContextRows::compressed) rows.filled[0] = compressed;
+  rows.context = (rows.filled[0] + kShareAlignment - 1) & -kShareAlignment;
+  rows.filled[1] = max(last - history + 1, 1);
+  rows.window = max(a.most_window_rows, rows.filled[1]);
   rows.first = a.window_follows_history ? history : 0;
   return rows;
+}
+
+// Of a, b >= 0.
+__device__ inline int64_t divide(int64_t a, int64_t b) {
+  if ((a | b) >> 32 != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);  // much shorter
 }
 
 // A block's share of the rows, segment by segment: rows of one group of one pass.
@@ -45,6 +55,10 @@ struct Walk {
   __device__ void cut(const SequenceRows* table) {
     const SequenceRows& rows = table[sequence];
     count = min(left, (group == 0 ? rows.context : rows.window) - row);
+  }
+  // Rows that exist, at most `most`, from the segment's row `at` on; none or less: none.
+  __device__ int exist(const SequenceRows* table, int at, int most) const {
+    return min(min(count - at, most), table[sequence].filled[group] - row - at);
   }
   __device__ void next(const SequenceRows* table, int passes) {
     left -= count;
@@ -89,7 +103,7 @@ __device__ inline void make_plan(const DecodeAttention& a, int passes, int least
     if (sequence < a.batch) table[sequence] = rows;
     total += __shfl_sync(0xffffffffu, sum, 31);
   }
-  const int64_t equal = (total + gridDim.x - 1) / gridDim.x;
+  const int64_t equal = divide(total + gridDim.x - 1, gridDim.x);
   const int64_t share = (max(equal, int64_t{least}) + kShareAlignment - 1) & -kShareAlignment;
   const int64_t begin = blockIdx.x * share;
   if (lane == 0) {
@@ -105,7 +119,7 @@ __device__ inline void make_plan(const DecodeAttention& a, int passes, int least
       continue;  // true of all sequences but one, or of all
     Walk walk;
     walk.sequence = sequence;
-    walk.pass = static_cast<int>(at / rows.rows());
+    walk.pass = static_cast<int>(divide(at, rows.rows()));
     walk.row = static_cast<int>(at - int64_t{walk.pass} * rows.rows());
     walk.group = walk.row < rows.context ? 0 : 1;
     if (walk.group == 1) walk.row -= rows.context;

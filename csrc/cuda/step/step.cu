@@ -100,7 +100,8 @@ void Step::attend(const Verb& verb, const Launch& how) const {
   a.window_follows_history = Model::follows_history(Cache::window, verb);
   const int64_t longest = m_.plan.options().max_context;
   const int64_t history = m_.c.history_at(longest - 1);
-  a.most_rows = std::min(longest, m_.c.generation_window);
+  a.most_window_rows = static_cast<int>(std::min(longest, m_.c.generation_window));
+  a.most_rows = a.most_window_rows;
   if (verb.context) {
     a.most_rows += *verb.context == Cache::history ? history : m_.c.compressed_rows(history);
   }
