@@ -65,8 +65,8 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   }
   if (how.early) {
     // Weights pass through the L1 cache on their way into registers: the kernels of a step leave it
-    // three quarters of the memory, all of them alike, if they can.
-    constexpr int kPercentShared = 28;
+    // most of the memory, all of them alike, if they can.
+    constexpr int kPercentShared = 14;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                kPercentShared),
           name);
