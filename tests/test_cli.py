@@ -440,3 +440,43 @@ def test_the_edits_alone_spoil_nothing(tiny: Path, tmp_path: Path) -> None:
     before, after = (TLinFormerForCausalLM.from_pretrained(f) for f in (tiny, folder))
     assert after.config == before.config
     assert all(torch.equal(t, after.state_dict()[k]) for k, t in before.state_dict().items())
+
+
+def test_a_saved_state_answers_other_prompts(
+    generate: Generate, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state, options = tmp_path / "book.state", ("--model", tiny, "--seed", 5)
+    book = "the lazy dog and the quick fox"
+    text, _ = generate(book, *options, "--max-new-tokens", 20, "--save-state", state)
+    assert generate(*options, "--max-new-tokens", 20, "--load-state", state)[0] == text
+    again = tmp_path / "again.state"
+    silent = ("--max-new-tokens", 0, "--load-state", state, "--save-state", again)
+    assert generate(*options, *silent)[0] == "\n"
+    assert again.read_bytes() == state.read_bytes()
+
+    question = " jumps over"
+    greedy = ("--temperature", 0, "--max-new-tokens", 9, "--json")
+    got = json.loads(generate(question, *options, *greedy, "--load-state", state)[0])
+    tokenizer = load_tokenizer(tiny)
+    engine = Engine(TLinFormerForCausalLM.from_pretrained(tiny), max_context=200, num_threads=1)
+    read, asked = (tokenizer.encode(t).ids for t in (book, question))
+    engine.prefill(torch.tensor([read]))
+    for token in asked:
+        engine.step([token])
+    assert got["text"] == tokenizer.decode(engine.generate(9)[0].tolist(), False)
+    assert (got["loaded_tokens"], got["prompt_tokens"]) == (len(read), len(asked))
+    _, summary = generate(question, *options, "--max-new-tokens", 9, "--load-state", state)
+    assert f"{len(read)} saved and {len(asked)} tokens in " in summary
+
+    state.write_bytes(state.read_bytes()[:-1])
+    missing = tmp_path / "missing"
+    for arguments, code, words in (
+        (("--load-state", state), 2, "cut off"),
+        (("--load-state", missing), 1, f"error: {missing}: No such file"),
+        (("--load-state", again, "--model", SHIPPED), 2, "saved by a model with"),
+        ((PROMPT, "--save-state", missing / "x"), 1, "cannot be written"),
+        ((PROMPT, "--max-new-tokens", 0), 2, "must be at least 1"),
+    ):
+        given = ("--model", tiny, "--device", "cpu", "--max-new-tokens", 2, *arguments)
+        assert main(["generate", *map(str, given)]) == code
+        assert words in capfd.readouterr().err

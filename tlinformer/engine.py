@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -138,6 +139,16 @@ def _device_of(model: TLinFormerForCausalLM) -> torch.device:
             "TLINFORMER_CUDA=1 pip install --no-build-isolation ."
         )
     return device
+
+
+def state_lengths(path: str | os.PathLike[str]) -> list[int]:
+    """How many tokens each sequence in a file of `Engine.save_state` has.
+
+    Raises:
+        ValueError: for a file that is no saved state. OSError: where it cannot be read.
+    """
+    lengths: list[int] = _C.state_lengths(os.fspath(path))
+    return lengths
 
 
 class Engine:
@@ -350,6 +361,75 @@ class Engine:
         longest = max(len(row) for row in rows)
         padded = [row + row[-1:] * (longest - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64, device="cpu")
+
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sequences: Iterable[int] | None = None,
+        progress: Callable[[float], bool | None] | None = None,
+    ) -> None:
+        """Writes what was cached to a file, from which `load_state` goes on exactly.
+
+        The file is in the format safetensors and holds the rows in use alone. It appears once it is
+        complete; an engine on another device can load it if its dtype is the same.
+
+        Args:
+            path: the file; an old one is replaced.
+            sequences: which of them, in that order; all by default.
+            progress: called with the share done, 0 to 1; returning False interrupts.
+
+        Raises:
+            ValueError: without a prefill, or for sequences that are not there.
+            OSError: where the file cannot be written; nothing is left of it.
+        """
+        chosen = self._chosen(sequences)
+        with self._on_stream():
+            self._compiled.save_state(os.fspath(path), chosen, progress)
+
+    def load_state(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sequences: Iterable[int] | None = None,
+        progress: Callable[[float], bool | None] | None = None,
+    ) -> torch.Tensor:
+        """Replaces what was cached by what `save_state` wrote.
+
+        Args:
+            path: the file.
+            sequences: sequence i becomes the saved sequence `sequences[i]`: [2] takes one out of a
+                batch, [0] * 8 makes eight of the first. All by default. Sampling draws other random
+                numbers in every place of a batch.
+            progress: called with the share done, 0 to 1; returning False interrupts.
+
+        Returns:
+            Logits of the next tokens, (B, V) float32 on the engine's device.
+
+        Raises:
+            ValueError: for a file that is no saved state, is damaged, or was made by another model
+                (config and weights are compared) or dtype; for more sequences or tokens than the
+                engine was planned for. What was cached is kept.
+            OSError: where the file cannot be read.
+            KeyboardInterrupt: on Ctrl-C; the engine is then as it was, or empty.
+        """
+        chosen = self._chosen(sequences)
+        with self._on_stream():
+            self._compiled.load_state(os.fspath(path), chosen, progress)
+        self._as_list = False
+        return self._logits(False)
+
+    @staticmethod
+    def _chosen(sequences: Iterable[int] | None) -> list[int]:
+        if sequences is None:
+            return []
+        try:
+            chosen = [operator.index(index) for index in sequences]
+        except TypeError:
+            raise ValueError(f"sequences is {sequences!r}; it must be a list of integers") from None
+        if not chosen:
+            raise ValueError("sequences is empty; name at least one, or leave it out for all")
+        return chosen
 
     @property
     def stats(self) -> EngineStats:

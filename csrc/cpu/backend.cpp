@@ -119,6 +119,18 @@ class CpuBackend final : public Backend {
     std::memcpy(to, logits(), static_cast<size_t>(sequences * c_.vocab_size) * sizeof(float));
   }
 
+  void read(const void* from, int64_t bytes, void* to) override {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  void write(const void* from, int64_t bytes, void* to) override { read(from, bytes, to); }
+  Tokens read_tokens(int64_t sequence, int64_t count) override {
+    const Tokens& tokens = tokens_[static_cast<size_t>(sequence)];
+    return {tokens.begin(), tokens.begin() + count};
+  }
+  void write_logits(int64_t sequence, const float* from) override {
+    std::copy(from, from + c_.vocab_size, base_ + w_.logits + sequence * c_.vocab_size);
+  }
+
   void begin(const SamplingParams& params, const std::vector<Span>& last) override {
     sampling_ = params;
     seen_.clear();

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 
 #include "../runtime/backend.h"
 #include "many_rows.h"
@@ -139,6 +140,38 @@ class CudaBackend final : public Backend {
     check(cudaMemcpyAsync(to, logits(), static_cast<size_t>(sequences * m_.c.vocab_size) * 4,
                           cudaMemcpyDeviceToDevice, stream_),
           "copy of the logits");
+  }
+
+  void read(const void* from, int64_t bytes, void* to) override {
+    join();
+    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream_),
+          "copy of a saved state from the device");
+    check(cudaStreamSynchronize(stream_), "copy of a saved state from the device");
+  }
+  void write(const void* from, int64_t bytes, void* to) override {
+    join();
+    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_),
+          "copy of a saved state to the device");
+    check(cudaStreamSynchronize(stream_), "copy of a saved state to the device");
+  }
+  Tokens read_tokens(int64_t sequence, int64_t count) override {
+    Tokens tokens(static_cast<size_t>(count));
+    read(tokens_of(sequence), count * int64_t{sizeof(int32_t)}, tokens.data());
+    return tokens;
+  }
+  // The sampler's candidates are as many as the head has blocks; the likeliest token of all stands
+  // for each of them.
+  void write_logits(int64_t sequence, const float* from) override {
+    const int64_t v = m_.c.vocab_size, count = head_candidates(m_.vocab());
+    int32_t best = 0;
+    for (int32_t i = 0; i < v && !std::isnan(from[best]); ++i) {
+      if (from[i] > from[best] || std::isnan(from[i])) best = i;
+    }
+    const std::vector<Candidate> candidates(static_cast<size_t>(count), {from[best], best});
+    const int64_t bytes = count * int64_t{sizeof(Candidate)};
+    write(candidates.data(), bytes, base_ + w_.candidates + sequence * bytes);
+    write(from, v * int64_t{sizeof(float)},
+          base_ + w_.logits + sequence * v * int64_t{sizeof(float)});
   }
 
   void begin(const SamplingParams& params, const std::vector<Span>& last) override {

@@ -9,6 +9,7 @@
 #include "../cpu/kernels.h"
 #include "tlinformer/checkpoint.h"
 #include "tlinformer/engine.h"
+#include "tlinformer/state.h"
 
 namespace py = pybind11;
 using namespace tlinformer;
@@ -77,6 +78,22 @@ class PyEngine {
     return engine_.generate(max_new_tokens, sampling, sink, report);
   }
 
+  void save_state(const std::string& path, const std::vector<int64_t>& chosen,
+                  py::object progress) {
+    const auto report = callback<double>(std::move(progress));
+    const auto lock = own();
+    py::gil_scoped_release release;
+    engine_.save_state(path, chosen, report);
+  }
+
+  void load_state(const std::string& path, const std::vector<int64_t>& chosen,
+                  py::object progress) {
+    const auto report = callback<double>(std::move(progress));
+    const auto lock = own();
+    py::gil_scoped_release release;
+    engine_.load_state(path, chosen, report);
+  }
+
   // Copies the logits, (sequences, V) float32, to `to` on the engine's device.
   void copy_logits(uintptr_t to) {
     const auto lock = own();
@@ -116,6 +133,8 @@ PYBIND11_MODULE(_C, m) {
       if (error) std::rethrow_exception(error);
     } catch (const InvalidArgument& e) {
       PyErr_SetString(PyExc_ValueError, e.what());
+    } catch (const FileError& e) {
+      PyErr_SetString(PyExc_OSError, e.what());
     } catch (const Error& e) {
       PyErr_SetString(PyExc_RuntimeError, e.what());
     }
@@ -188,11 +207,14 @@ PYBIND11_MODULE(_C, m) {
       .def("prefill", &PyEngine::prefill)
       .def("step", &PyEngine::step)
       .def("generate", &PyEngine::generate)
+      .def("save_state", &PyEngine::save_state)
+      .def("load_state", &PyEngine::load_state)
       .def("copy_logits", &PyEngine::copy_logits)
       .def("reset", &PyEngine::reset)
       .def_property_readonly("sequences", &PyEngine::sequences)
       .def_property_readonly("stats", &PyEngine::stats);
 
+  m.def("state_lengths", [](const std::string& path) { return read_state_info(path).lengths; });
   m.def("instruction_set", [] { return cpu::kernels().name; });
 #if defined(TLINFORMER_CUDA)
   m.attr("has_cuda") = true;

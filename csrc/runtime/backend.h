@@ -99,6 +99,13 @@ class Backend {
   virtual const float* logits() const = 0;
   virtual void copy_logits(float* to, int64_t sequences) const = 0;  // to the same device
 
+  // Saving and restoring, once all work under way is done. `read` and `write` copy bytes between
+  // the memory of the engine's device and the host's; logits that are written count as computed.
+  virtual void read(const void* from, int64_t bytes, void* to) = 0;
+  virtual void write(const void* from, int64_t bytes, void* to) = 0;
+  virtual Tokens read_tokens(int64_t sequence, int64_t count) = 0;
+  virtual void write_logits(int64_t sequence, const float* from) = 0;
+
   // generate: begin, then tokens drawn and run in turn, then end. `last` are the spans of the
   // newest token of every active sequence, as the engine counts them.
   virtual void begin(const SamplingParams& params, const std::vector<Span>& last) = 0;

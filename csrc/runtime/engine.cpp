@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "meter.h"
+#include "state.h"
 
 namespace tlinformer {
 
@@ -19,6 +20,9 @@ struct Engine::Impl {
 
   Config config;
   CachePlan plan;
+  Weights weights;
+  char* arena = nullptr;
+  std::string fingerprint;  // of the weights, once somebody asked
   Stage window;
   Program slide_stages;
   std::unique_ptr<Backend> backend;
@@ -114,9 +118,7 @@ struct Engine::Impl {
         sequences[static_cast<size_t>(last.sequence)].known_history = last.begin + last.rows;
         stats.prefill_tokens += last.begin + last.rows;
       }
-      active = static_cast<int64_t>(prompts.size());
-      everyone.resize(prompts.size());
-      std::iota(everyone.begin(), everyone.end(), int64_t{0});
+      activate(prompts.size());
       meter.poll(meter.total);
     } catch (...) {
       forget();
@@ -198,6 +200,42 @@ struct Engine::Impl {
     }
   }
 
+  void activate(size_t count) {
+    active = static_cast<int64_t>(count);
+    everyone.resize(count);
+    std::iota(everyone.begin(), everyone.end(), int64_t{0});
+  }
+
+  StateHolder holder() {
+    if (fingerprint.empty()) fingerprint = fingerprint_of(config, weights, *backend);
+    return {config, plan, arena, *backend, fingerprint};
+  }
+
+  void save(const std::string& path, const std::vector<int64_t>& chosen, const Progress& progress) {
+    std::vector<HeldSequence> held;
+    for (int64_t index : chosen.empty() ? everyone : chosen) {
+      require(index >= 0 && index < active, "save_state: there is no sequence ", index,
+              "; the engine holds ", active, ", from 0 on");
+      held.push_back({index, sequences[static_cast<size_t>(index)].length});
+    }
+    save_sequences(holder(), path, held, progress);
+  }
+
+  void load(const std::string& path, const std::vector<int64_t>& chosen, const Progress& progress) {
+    const StateHolder own = holder();
+    const SavedState saved(own, path, chosen, progress);
+    const std::vector<int64_t> lengths = saved.lengths();
+    forget();
+    saved.restore(progress);
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      // A window that is full was not saved, and its slide is still to come.
+      const bool full = lengths[i] % config.generation_window == 0;
+      const int64_t slid = full ? kStale : config.history_at(lengths[i] - 1);
+      sequences[i] = {lengths[i], slid, lengths[i]};
+    }
+    activate(lengths.size());
+  }
+
   void forget() {
     for (Sequence& sequence : sequences) sequence = {};
     everyone.clear();
@@ -233,6 +271,8 @@ Engine::Engine(const Config& config, const Weights& weights, const CachePlan& pl
           "the arena must be aligned to 64 bytes");
   impl_->config = config;
   impl_->plan = plan;
+  impl_->weights = weights;
+  impl_->arena = static_cast<char*>(arena.data);
   impl_->window = window_program(config);
   impl_->slide_stages = slide_program(config);
   impl_->backend = make_backend(config, weights, plan, arena, options);
@@ -306,6 +346,17 @@ std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParam
     live.resize(kept);
   }
   return out;
+}
+
+void Engine::save_state(const std::string& path, const std::vector<int64_t>& chosen,
+                        const Progress& progress) {
+  impl_->check_ready("save_state");
+  impl_->save(path, chosen, progress);
+}
+
+void Engine::load_state(const std::string& path, const std::vector<int64_t>& chosen,
+                        const Progress& progress) {
+  impl_->load(path, chosen, progress);
 }
 
 const float* Engine::logits() const {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +38,20 @@ def generate_command(
             metavar="FILE", help="Read the prompt from .txt, .txt.xz or .txt.gz; - is stdin."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = 256,
+    load_state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Go on from there; a prompt is appended and optional."),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save what was read, before generating: --load-state goes on there.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to generate; 0 only with --save-state.")
+    ] = 256,
     stop_at_end: Annotated[
         bool, typer.Option("--stop-at-end", help="Stop where the model ends the document.")
     ] = False,
@@ -75,12 +90,21 @@ def generate_command(
     import torch
 
     from ..data import END_OF_TEXT, load_tokenizer
-    from ..engine import Engine, SamplingParams
+    from ..engine import Engine, SamplingParams, state_lengths
     from ..model import TLinFormerForCausalLM
 
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
-    text = _read_prompt(prompt, prompt_file)
+    least = 0 if save_state else 1
+    if max_new_tokens < least:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least {least}")
+    saved = 0
+    if load_state:
+        with _file_errors():
+            lengths = state_lengths(load_state)
+        if len(lengths) > 1:
+            raise ValueError(f"{load_state} holds {len(lengths)} sequences; generate takes one")
+        saved = lengths[0]
+    without = load_state and prompt is None and prompt_file is None
+    text = "" if without else _read_prompt(prompt, prompt_file)
     loaded = TLinFormerForCausalLM.from_pretrained(model)
     tokenizer = load_tokenizer(model)
     vocabulary, known = loaded.config.vocab_size, tokenizer.get_vocab_size()
@@ -89,18 +113,19 @@ def generate_command(
             f"{model}: tokenizer.json has {known:,} tokens, the model {vocabulary:,}; "
             "use the tokenizer that the model was trained with"
         )
-    ids = torch.tensor([tokenizer.encode(text).ids])
+    ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.int64)
     stop: list[Any] = [tokenizer.token_to_id(END_OF_TEXT)] if stop_at_end else []
     if stop == [None]:
         raise ValueError(f"--stop-at-end: {model}'s tokenizer has no {END_OF_TEXT}")
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     threads = threads or torch.get_num_threads()
-    length, kind = ids.numel() + max_new_tokens, None if dtype == "auto" else dtype
+    length = max(1, saved + ids.numel() + max_new_tokens)
+    kind = None if dtype == "auto" else dtype
     loaded.to(_place(device, loaded.config, kind))
     engine = Engine(loaded, max_context=length, dtype=kind, num_threads=threads)
     # A rehearsal: bad sampling options and weights are refused before a long prompt is read.
-    engine.prefill(ids[:, :1])
-    engine.generate(1, sampling)
+    engine.prefill(torch.tensor([[0]]))
+    engine.generate(min(1, length - 1), sampling)
     engine.reset()
 
     console = Console(stderr=True, highlight=False)
@@ -112,7 +137,10 @@ def generate_command(
             place = torch.cuda.get_device_name(engine.device)
         about = f"{model.resolve().name}: {size:,.1f}M parameters, {kind}, {place}"
         console.print(about, style="dim", markup=False)
-    prefill_seconds = _prefill(engine, ids, console)
+    prefill_seconds = _read(engine, ids, load_state, console)
+    if save_state:
+        with _file_errors():
+            engine.save_state(save_state)
     stream = _TextStream(tokenizer, None if as_json else sys.stdout, console)
     stream.echo(text)
     began, interrupted = time.perf_counter(), False
@@ -123,7 +151,7 @@ def generate_command(
     finally:
         stream.close()
     seconds = prefill_seconds, time.perf_counter() - began
-    summary = _summary(engine, ids.numel(), max_new_tokens, stream, *seconds)
+    summary = _summary(engine, saved, ids.numel(), length, stream, *seconds)
     if as_json:
         print(json.dumps({"text": stream.text, **summary}))
     else:
@@ -230,7 +258,17 @@ class _TextStream:
         self._write("\n")
 
 
-def _prefill(engine: Any, ids: Any, console: Console) -> float:
+@contextmanager
+def _file_errors() -> Iterator[None]:
+    """What the system says of a file is a message for people."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _read(engine: Any, ids: Any, state: Path | None, console: Console) -> float:
+    """Reads a prompt, or a saved state and then a prompt; returns the seconds."""
     text = "reading [bold]{task.fields[read]:,}[/] of {task.fields[tokens]:,} tokens"
     columns = TextColumn(text), BarColumn(), TimeRemainingColumn()
     tokens, hidden = ids.numel(), not console.is_terminal
@@ -241,17 +279,31 @@ def _prefill(engine: Any, ids: Any, console: Console) -> float:
             progress.update(task, completed=share, read=int(share * tokens))
 
         began = time.perf_counter()
-        engine.prefill(ids, progress=show)
+        if state is None:
+            engine.prefill(ids, progress=show)
+        else:
+            with _file_errors():
+                engine.load_state(state)
+            for i in range(tokens):
+                engine.step(ids[:, i])
+                show((i + 1) / tokens)
         return time.perf_counter() - began
 
 
 def _summary(
-    engine: Any, prompt: int, most: int, stream: _TextStream, prefill: float, decode: float
+    engine: Any,
+    saved: int,
+    prompt: int,
+    length: int,
+    stream: _TextStream,
+    prefill: float,
+    decode: float,
 ) -> dict[str, Any]:
     config, stats, new = engine.config, engine.stats, stream.tokens
     # Both caches are counted as allocated, for as many tokens as this run may hold.
     row = 2 * engine.dtype.itemsize * config.kv_heads * config.head_dim * config.num_layers
     return {
+        "loaded_tokens": saved,
         "prompt_tokens": prompt,
         "new_tokens": new,
         "prefill_seconds": prefill,
@@ -262,7 +314,7 @@ def _summary(
         "hits": stats.hits,
         "slides": stats.slides,
         "cache_bytes": stats.cache_bytes,
-        "standard_transformer_cache_bytes": row * (prompt + most),
+        "standard_transformer_cache_bytes": row * length,
     }
 
 
@@ -273,8 +325,9 @@ def _print_summary(s: dict[str, Any], console: Console) -> None:
         between = f" ({speed:,.0f} between slides)"
         sliding = f"; sliding took {s['slide_seconds']:.2f} s of the generation"
     ratio = s["standard_transformer_cache_bytes"] / s["cache_bytes"]
+    loaded = f"{s['loaded_tokens']:,} saved and " if s["loaded_tokens"] else ""
     lines = {
-        "prompt": f"{s['prompt_tokens']:,} tokens in {s['prefill_seconds']:.2f} s, "
+        "prompt": f"{loaded}{s['prompt_tokens']:,} tokens in {s['prefill_seconds']:.2f} s, "
         f"{s['prefill_tokens_per_second']:,.0f} tokens/s",
         "generated": f"{s['new_tokens']:,} tokens in {s['decode_seconds']:.2f} s, "
         f"{s['decode_tokens_per_second']:,.0f} tokens/s{between}",

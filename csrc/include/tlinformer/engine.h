@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "tlinformer/cache.h"
@@ -63,11 +64,24 @@ class Engine {
 
   // Float32 logits of the token after the last one, (active sequences, V), in the memory of the
   // engine's device and in the order of its stream; valid until the next call that changes the
-  // engine. copy_logits copies them to memory of the same device. Both require a prefill.
+  // engine. copy_logits copies them to memory of the same device. Both require a sequence.
   const float* logits() const;
   void copy_logits(float* to) const;
 
-  int64_t sequences() const;  // of the last prefill; 0 when empty
+  // Writes sequences to a file, of which load_state makes the same sequences again: what is
+  // generated next is the same to the last bit. All sequences are written, or those chosen, in that
+  // order. The file appears when it is complete. Throws FileError where it cannot be written.
+  void save_state(const std::string& path, const std::vector<int64_t>& chosen = {},
+                  const Progress& progress = {});
+
+  // Replaces what was cached by saved sequences: all of them, or sequence i by the file's sequence
+  // chosen[i]. {0, 0, 0} makes three of the first. Random numbers depend on a sequence's new place.
+  // A file of another model, dtype or version, or a damaged one, is refused and changes nothing;
+  // after an interruption, or where reading fails halfway, the engine may be empty.
+  void load_state(const std::string& path, const std::vector<int64_t>& chosen = {},
+                  const Progress& progress = {});
+
+  int64_t sequences() const;  // of the last prefill or load_state; 0 when empty
   EngineStats stats() const;
   void reset();  // forgets all sequences and counters
   const Config& config() const;
