@@ -12,7 +12,7 @@ PACKAGE_FILES := setup.py pyproject.toml csrc/sources.txt $(shell find csrc -typ
 CXX_FILES := $(shell find csrc tests examples -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-python test-cpp cuda fuzz lint clean
+.PHONY: help demo install test test-python test-cpp tsan cuda fuzz lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,13 @@ test-cpp: $(VENV)/installed $(VENV)/tools
 	  'import scipy_openblas32 as b; print(*b.__path__)')" > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build build/cpp -j $(shell nproc)
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+tsan: $(VENV)/installed $(VENV)/tools  ## two engines on two threads under ThreadSanitizer
+	@mkdir -p build
+	@$(BIN)/cmake -S . -B build/tsan -DTLINFORMER_SANITIZE=thread -DTLINFORMER_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTLINFORMER_SCIPY_OPENBLAS="$$($(BIN)/python -c \
+	  'import scipy_openblas32 as b; print(*b.__path__)')" > build/cmake.log || (cat build/cmake.log; false)
+	$(BIN)/cmake --build build/tsan -j $(shell nproc) --target test_threads
+	$(BIN)/ctest --test-dir build/tsan -R test_threads --output-on-failure --no-tests=error
 
 # Ninja keeps the compiler's words about one file together. The log grows by what is compiled anew.
 cuda: $(VENV)/installed $(VENV)/tools build/cublas  ## compile, link and (with a GPU) test the CUDA engine; needs nvcc

@@ -21,6 +21,8 @@ class EngineOptions(ctypes.Structure):
         ("memory_limit", c_int64),
         ("dtype", c_int32),
         ("num_threads", c_int32),
+        ("device", c_int32),
+        ("device_index", c_int32),
     )
 
 
@@ -91,3 +93,17 @@ def test_failures_are_codes_with_a_text(library, engine):
     assert b"/nowhere/config.json" in library.tlin_last_error()
     assert library.tlin_engine_generate(engine, c_int64(1), None, None, None, None, None) == 1
     assert b"needs a prefill" in library.tlin_last_error()
+
+
+def test_the_device_must_be_one_that_this_build_has(library):
+    model, made, options = c_void_p(), c_void_p(), EngineOptions()
+    assert library.tlin_model_open(str(SHIPPED).encode(), byref(model)) == 0
+    library.tlin_engine_options_init(byref(options))
+    options.max_context, options.device = 400, 2
+    assert library.tlin_engine_create(model, byref(options), byref(made)) == 1
+    assert b"device is 2" in library.tlin_last_error()
+    if not _C.has_cuda:
+        options.device = 1
+        assert library.tlin_engine_create(model, byref(options), byref(made)) == 1
+        assert b"has no CUDA backend" in library.tlin_last_error()
+    library.tlin_model_close(model)

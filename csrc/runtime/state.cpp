@@ -6,6 +6,7 @@
 
 #include "hash.h"
 #include "meter.h"
+#include "tensors.h"
 
 namespace tlinformer {
 namespace {
@@ -35,33 +36,15 @@ void each_piece(const StateHolder& h, const StateTensor& tensor, int64_t sequenc
 }  // namespace
 
 std::string fingerprint_of(const Config& config, const Weights& weights, Backend& backend) {
-  const int64_t d = config.hidden_size, f = config.intermediate_size;
-  const int64_t q = config.query_dim(), qkv = q + 2 * config.kv_dim();
   Hash64 hash;
   std::vector<char> piece;
-  const auto add = [&](const void* tensor, int64_t elements) {
+  each_tensor(config, weights, [&](const void* tensor, int64_t elements) {
     in_pieces(elements * size_of(weights.dtype), [&](int64_t from, int64_t n) {
       piece.resize(static_cast<size_t>(n));
       backend.read(static_cast<const char*>(tensor) + from, n, piece.data());
       hash.add(piece.data(), n);
     });
-  };
-  add(weights.embed_tokens, config.vocab_size * d);
-  add(weights.norm_weight, d);
-  add(weights.norm_bias, d);
-  for (const LayerWeights& layer : weights.layers) {
-    add(layer.attn_norm_weight, d);
-    add(layer.attn_norm_bias, d);
-    add(layer.qkv_proj_weight, qkv * d);
-    add(layer.qkv_proj_bias, qkv);
-    add(layer.out_proj_weight, d * q);
-    add(layer.out_proj_bias, d);
-    add(layer.mlp_norm_weight, d);
-    add(layer.mlp_norm_bias, d);
-    add(layer.gate_proj_weight, f * d);
-    add(layer.up_proj_weight, f * d);
-    add(layer.down_proj_weight, d * f);
-  }
+  });
   return hash.hex();
 }
 

@@ -1,4 +1,4 @@
-/* The C interface from C11: test_c_api <model directory>. */
+/* The C interface from C11: test_c_api <model directory> [cuda]. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,8 +23,31 @@ static int count_tokens(void* user, int64_t sequence, int32_t token) {
 
 static int never(void* user, double share) { return (void)user, (void)share, 0; }
 
+/* Saved, forked into the second sequence, and generated from again. */
+static void check_states(tlin_engine* engine) {
+  const char* path = "test_c_api.state";
+  const int64_t fork[2] = {0, 0};
+  int32_t want[kNew], tokens[2 * kNew];
+  CHECK(tlin_engine_save_state(engine, NULL, NULL, 0, NULL, NULL) == TLIN_INVALID_ARGUMENT);
+  CHECK(tlin_engine_save_state(engine, path, NULL, 1, NULL, NULL) == TLIN_INVALID_ARGUMENT);
+  CHECK(tlin_engine_save_state(engine, path, NULL, 0, never, NULL) == TLIN_INTERRUPTED);
+  CHECK(tlin_engine_save_state(engine, path, NULL, 0, NULL, NULL) == TLIN_OK);
+  CHECK(tlin_engine_generate(engine, kNew, NULL, want, NULL, NULL, NULL) == TLIN_OK);
+  tlin_state_info info;
+  tlin_state_info_init(&info);
+  CHECK(tlin_state_get_info(path, &info) == TLIN_OK);
+  CHECK(info.sequences == 1 && info.longest == kPrompt);
+  CHECK(tlin_engine_load_state(engine, path, fork, 2, NULL, NULL) == TLIN_OK);
+  CHECK(tlin_engine_generate(engine, kNew, NULL, tokens, NULL, NULL, NULL) == TLIN_OK);
+  CHECK(memcmp(tokens, want, sizeof want) == 0);
+  CHECK(memcmp(tokens + kNew, want, sizeof want) == 0);
+  CHECK(remove(path) == 0);
+  CHECK(tlin_engine_load_state(engine, path, NULL, 0, NULL, NULL) == TLIN_FILE_ERROR);
+  CHECK(tlin_state_get_info(path, &info) == TLIN_FILE_ERROR);
+}
+
 int main(int argc, char** argv) {
-  CHECK(argc == 2);
+  CHECK(argc == 2 || argc == 3);
   tlin_model* model = NULL;
   CHECK(tlin_model_open("/nowhere", &model) == TLIN_FILE_ERROR && model == NULL);
   CHECK(strstr(tlin_last_error(), "/nowhere/config.json: No such file"));
@@ -40,6 +63,7 @@ int main(int argc, char** argv) {
   options.max_context = 512;
   options.batch_size = 2;
   options.num_threads = 1;
+  options.device = argc == 3 ? TLIN_DEVICE_CUDA : TLIN_DEVICE_CPU;
   tlin_engine* engine = NULL;
   options.size = 4096; /* as a header of the future would say */
   CHECK(tlin_engine_create(model, &options, &engine) == TLIN_INVALID_ARGUMENT);
@@ -49,6 +73,10 @@ int main(int argc, char** argv) {
   CHECK(tlin_engine_create(model, &options, &engine) == TLIN_OUT_OF_MEMORY);
   options.memory_limit = 0;
   options.size = sizeof options;
+  options.device_index = 99;
+  CHECK(tlin_engine_create(model, &options, &engine) == TLIN_INVALID_ARGUMENT);
+  CHECK(strstr(tlin_last_error(), "device_index is 99"));
+  options.device_index = 0;
   CHECK(tlin_engine_create(model, &options, &engine) == TLIN_OK);
   tlin_model_close(model); /* the engine keeps what it needs */
 
@@ -78,6 +106,11 @@ int main(int argc, char** argv) {
   }
   CHECK(memcmp(tokens, again, sizeof again) == 0);
   free(logits);
+
+  lengths[0] = kPrompt;
+  CHECK(tlin_engine_prefill(engine, prompts, lengths, 1, NULL, NULL) == TLIN_OK);
+  check_states(engine);
+  CHECK(tlin_engine_prefill(engine, prompts, lengths, 1, NULL, NULL) == TLIN_OK);
 
   int drawn = 0;
   tlin_sampling sampling;

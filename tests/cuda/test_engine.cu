@@ -165,6 +165,32 @@ void test_generate(const Config& config, int64_t batch) {
   }
 }
 
+// A restored or forked state goes on to the last bit, wherever in its window it was saved.
+void test_state(const Config& config) {
+  const RandomModel model(config, DType::bfloat16);
+  const std::string path = "tlinformer-test-engine.state";
+  OnDevice original(model, 60, 3), restored(model, 90, 3);
+  SamplingParams sampled;
+  sampled.temperature = 1;
+  sampled.repetition_penalty = 1.2;
+  for (int64_t length = 1; length < 10; ++length) {
+    original.engine->prefill({tokens_of(length, config), tokens_of(17, config)});
+    original.engine->generate(length % 3, sampled);
+    original.engine->save_state(path);
+    restored.engine->prefill({tokens_of(40, config), {1}, {2}});
+    restored.engine->load_state(path);
+    CHECK(restored.logits() == original.logits());
+    for (const SamplingParams& how : {SamplingParams{}, sampled}) {
+      CHECK(restored.engine->generate(9, how) == original.engine->generate(9, how));
+    }
+    CHECK(restored.logits() == original.logits());
+    restored.engine->load_state(path, {1, 1, 1});
+    const auto forked = restored.engine->generate(9, {});
+    CHECK(forked[0] == forked[1] && forked[0] == forked[2]);
+  }
+  std::remove(path.c_str());
+}
+
 double milliseconds(const std::function<void()>& work) {
   cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   const auto begin = std::chrono::steady_clock::now();
@@ -241,5 +267,6 @@ int main(int argc, char** argv) {
   test_prefill_and_steps("41M, small vocabulary", c, 700);
   test_generate(small_config(), 1);
   test_generate(small_config(), 3);
+  test_state(small_config());
   std::puts("ok");
 }

@@ -1,4 +1,4 @@
-/* The engine for C and for languages that call C; on the CPU.
+/* The engine for C and for languages that call C; on the CPU or a GPU.
  *
  * Functions return a tlin_status; what went wrong stands in tlin_last_error(). Objects are
  * independent of each other and each serves one thread at a time. Structs begin with their own
@@ -31,10 +31,18 @@ typedef enum tlin_status {
 } tlin_status;
 
 typedef enum tlin_dtype {
-  TLIN_DTYPE_AUTO = 0, /* as the checkpoint is saved; float32 if that is float16 */
-  TLIN_DTYPE_FLOAT32 = 1,
-  TLIN_DTYPE_BFLOAT16 = 2
+  /* As the checkpoint is saved. On the CPU float32 if that is float16, on a GPU bfloat16 if that is
+   * float32. */
+  TLIN_DTYPE_AUTO = 0,
+  TLIN_DTYPE_FLOAT32 = 1, /* CPU */
+  TLIN_DTYPE_BFLOAT16 = 2,
+  TLIN_DTYPE_FLOAT16 = 3 /* GPU */
 } tlin_dtype;
+
+typedef enum tlin_device {
+  TLIN_DEVICE_CPU = 0,
+  TLIN_DEVICE_CUDA = 1 /* of a library built with it; it becomes the calling thread's device */
+} tlin_device;
 
 typedef struct tlin_model tlin_model;
 typedef struct tlin_engine tlin_engine;
@@ -63,11 +71,13 @@ typedef struct tlin_engine_options {
   int64_t batch_size;   /* sequences; 1 */
   int64_t memory_limit; /* bytes that cache and workspace must fit in; 0: unlimited */
   int32_t dtype;        /* a tlin_dtype, of weights and cache */
-  int32_t num_threads;  /* 0: as many as OpenMP gives */
+  int32_t num_threads;  /* of the CPU; 0: as many as OpenMP gives */
+  int32_t device;       /* a tlin_device; the CPU */
+  int32_t device_index; /* which GPU; 0 */
 } tlin_engine_options;
 TLIN_API void tlin_engine_options_init(tlin_engine_options* options);
 
-/* Allocates all the memory that the engine will ever use. */
+/* Allocates all the memory that the engine will ever use; on a GPU a copy of the weights, too. */
 TLIN_API tlin_status tlin_engine_create(tlin_model* model, const tlin_engine_options* options,
                                         tlin_engine** engine);
 TLIN_API void tlin_engine_destroy(tlin_engine* engine);
@@ -105,12 +115,34 @@ TLIN_API tlin_status tlin_engine_generate(tlin_engine* engine, int64_t max_new_t
                                           const tlin_sampling* sampling, int32_t* tokens,
                                           int64_t* lengths, tlin_on_token on_token, void* user);
 
-/* Copies the logits of the next token, (sequences, vocab_size); count is the room in floats. */
+/* Copies the logits of the next token, (sequences, vocab_size), to the host; count is the room in
+ * floats. */
 TLIN_API tlin_status tlin_engine_copy_logits(const tlin_engine* engine, float* to, int64_t count);
+
+/* Writes sequences to a file from which tlin_engine_load_state goes on exactly: the `count` named
+ * ones, or all if sequences is NULL and count 0. The file appears once it is complete. progress may
+ * be NULL. */
+TLIN_API tlin_status tlin_engine_save_state(tlin_engine* engine, const char* path,
+                                            const int64_t* sequences, int64_t count,
+                                            tlin_progress progress, void* user);
+/* Replaces what was cached: sequence i becomes the file's sequence sequences[i]. The same one may
+ * be named many times. A file that is damaged or of another model is TLIN_INVALID_ARGUMENT; after
+ * TLIN_INTERRUPTED the engine is as it was, or empty. */
+TLIN_API tlin_status tlin_engine_load_state(tlin_engine* engine, const char* path,
+                                            const int64_t* sequences, int64_t count,
+                                            tlin_progress progress, void* user);
+
+typedef struct tlin_state_info {
+  size_t size;
+  int64_t sequences;
+  int64_t longest; /* tokens of the longest one */
+} tlin_state_info;
+TLIN_API void tlin_state_info_init(tlin_state_info* info);
+TLIN_API tlin_status tlin_state_get_info(const char* path, tlin_state_info* info);
 
 typedef struct tlin_stats {
   size_t size;
-  int64_t sequences;      /* of the last prefill */
+  int64_t sequences;      /* held now */
   int64_t hits;           /* tokens that read the cache and left the history alone */
   int64_t slides;         /* recomputations of the compressed history */
   int64_t prefill_tokens; /* prompt tokens read */
