@@ -56,8 +56,8 @@ cuda: $(VENV)/installed $(VENV)/tools build/cublas  ## compile, link and (with a
 	$(BIN)/ctest --test-dir build/cuda --output-on-failure --no-tests=error
 
 FUZZ_SECONDS ?= 600
-FUZZ_SOURCES := tests/fuzz/fuzz_checkpoint.cpp $(addprefix csrc/runtime/,checkpoint.cpp config.cpp safetensors.cpp)
-fuzz: $(VENV)/installed  ## fuzz the checkpoint reader for FUZZ_SECONDS; needs clang, in CLANG
+FUZZ_SOURCES := tests/fuzz/fuzz_checkpoint.cpp $(addprefix csrc/runtime/,checkpoint.cpp config.cpp safetensors.cpp state_file.cpp)
+fuzz: $(VENV)/installed  ## fuzz the readers of models and states for FUZZ_SECONDS; needs clang, in CLANG
 	@mkdir -p build/fuzz
 	$(or $(CLANG),clang++) -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  -Icsrc -Icsrc/include $(FUZZ_SOURCES) -o build/fuzz/checkpoint

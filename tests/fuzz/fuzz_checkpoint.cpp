@@ -1,6 +1,7 @@
 // libFuzzer's target: any bytes as a model directory either open as a model whose every number can
 // be read, or are refused with an Error. An input is a mode, then a config and an index, each
-// after two bytes with its length, then the file of weights. `make fuzz` builds and runs it.
+// after two bytes with its length, then the file of weights, which is read as a saved state, too.
+// `make fuzz` builds and runs it.
 #include <unistd.h>
 
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "runtime/safetensors.h"
+#include "runtime/state_file.h"
 #include "tlinformer/checkpoint.h"
 #include "tlinformer/error.h"
 
@@ -90,6 +92,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   write(folder + "/config.json", config);
   write(folder + "/model.safetensors.index.json", index);
   write(sharded ? folder + "/shard" : single, weights);
+  refused_or_fine([&] {
+    const InputFile file(sharded ? folder + "/shard" : single);
+    int64_t data = 0;
+    const StateHeader header = read_state_header(read_header(file, data));
+    layout_of(header, file.bytes() - data);
+  });
   if (sharded) unlink(single.c_str());
   refused_or_fine([&] {
     Checkpoint checkpoint(folder);

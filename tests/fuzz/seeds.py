@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from tlinformer import TLinFormerConfig, TLinFormerForCausalLM
+from tlinformer import Engine, TLinFormerConfig, TLinFormerForCausalLM
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
@@ -19,3 +19,7 @@ for mode, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torc
     sections = (json.dumps(config.to_dict()).encode(), json.dumps(index).encode())
     prefixed = b"".join(len(text).to_bytes(2, "little") + text for text in sections)
     (folder / f"seed{mode}").write_bytes(bytes([mode]) + prefixed + save(tensors))
+engine = Engine(TLinFormerForCausalLM(config), max_context=300, batch_size=2, num_threads=1)
+engine.prefill([torch.tensor([1, 2]), torch.zeros(260, dtype=torch.int64)])
+engine.save_state(folder / "state")
+(folder / "state").write_bytes(bytes(5) + (folder / "state").read_bytes())
