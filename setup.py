@@ -179,12 +179,17 @@ def extension() -> setuptools.Extension:
     cuda = use_cuda(os.environ.get("TLINFORMER_CUDA", "auto"), obstacles)
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     cpp_extension.CUDA_HOME = toolkit
+    nvtx = Path(toolkit, "include") if toolkit else None  # for profilers' ranges
     compiled = os.environ.get("TLINFORMER_CUDA_LIBRARY")
     flags = ["-std=c++17", "-O3", "-g0"]
     module = make(
         "tlinformer._C",
         sources("runtime", "cpu", "c_api", "python", *(["cuda"] if cuda and not compiled else [])),
-        include_dirs=[str(ROOT / "csrc/include"), str(ROOT / "csrc")],
+        include_dirs=[
+            str(ROOT / "csrc/include"),
+            str(ROOT / "csrc"),
+            *([str(nvtx)] if nvtx and (nvtx / "nvtx3").is_dir() else []),
+        ],
         library_dirs=[openblas.get_lib_dir()],
         define_macros=[
             ("TLINFORMER_VERSION", f'"{version()}"'),

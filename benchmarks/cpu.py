@@ -29,6 +29,7 @@ from pytorch_peer import StaticCacheModel
 
 import tlinformer
 from tlinformer import Engine, SamplingParams, TLinFormerConfig, TLinFormerForCausalLM
+from tlinformer.roofline import matrix_rate, read_bandwidth
 
 PAPER_41M = {"vocab_size": 50257, "hidden_size": 432, "num_attention_heads": 12}
 
@@ -37,17 +38,6 @@ def seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def read_bandwidth(x: torch.Tensor) -> float:
-    """Bytes a second of a sum over a tensor much larger than any cache."""
-    return x.numel() * 4 / seconds(x.sum)
-
-
-def matrix_rate() -> float:
-    """FLOP/s of a square float32 product: the best of several."""
-    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
-    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
 def hit_bytes(model: TLinFormerForCausalLM, element: int, history: int, fill: int) -> int:

@@ -228,9 +228,17 @@ class Engine:
             )
         self._as_list = False
 
-    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Makes the engine's GPU and stream the current ones."""
-        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+    def _on_stream(self, call: str = "") -> contextlib.AbstractContextManager[Any]:
+        """Makes the engine's GPU and stream the current ones; a `call` has a name in profiles."""
+        stream: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._stream:
+            stream = torch.cuda.stream(self._stream)
+        if not call or not torch.autograd._profiler_enabled():  # a name costs microseconds
+            return stream
+        both = contextlib.ExitStack()
+        both.enter_context(torch.profiler.record_function(f"tlinformer::{call}"))
+        both.enter_context(stream)
+        return both
 
     def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
         """The sequences of a batch as contiguous int32 CPU tensors (L)."""
@@ -292,7 +300,7 @@ class Engine:
             KeyboardInterrupt: on Ctrl-C; the engine is empty then, and usable.
         """
         ids = self._ids(input_ids, "prefill")
-        with self._on_stream():
+        with self._on_stream("prefill"):
             self._compiled.prefill([(row.data_ptr(), row.numel()) for row in ids], progress)
         self._as_list = not isinstance(input_ids, torch.Tensor)
         return self._logits(self._as_list)
@@ -319,7 +327,7 @@ class Engine:
                 "each sequence"
             )
         row = self._ids(ids, "step")[0].tolist()
-        with self._on_stream():
+        with self._on_stream("step"):
             self._compiled.step(row)
         return self._logits(not isinstance(token_ids, torch.Tensor))
 
@@ -354,7 +362,7 @@ class Engine:
         if not isinstance(sampling, SamplingParams | None):
             raise ValueError(f"sampling is {sampling!r}; it must be SamplingParams")
         compiled = (sampling or SamplingParams())._compiled()
-        with self._on_stream():
+        with self._on_stream("generate"):
             rows = self._compiled.generate(max_new_tokens, compiled, on_token, progress)
         if self._as_list:
             return [torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows]
@@ -384,7 +392,7 @@ class Engine:
             OSError: where the file cannot be written; nothing is left of it.
         """
         chosen = self._chosen(sequences)
-        with self._on_stream():
+        with self._on_stream("save_state"):
             self._compiled.save_state(os.fspath(path), chosen, progress)
 
     def load_state(
@@ -414,7 +422,7 @@ class Engine:
             KeyboardInterrupt: on Ctrl-C; the engine is then as it was, or empty.
         """
         chosen = self._chosen(sequences)
-        with self._on_stream():
+        with self._on_stream("load_state"):
             self._compiled.load_state(os.fspath(path), chosen, progress)
         self._as_list = False
         return self._logits(False)

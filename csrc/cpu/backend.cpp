@@ -9,6 +9,8 @@
 #include <omp.h>
 #endif
 
+#include "../runtime/range.h"
+#include "../runtime/verb_meter.h"
 #include "../runtime/workspace.h"
 #include "arena.h"
 #include "attend.h"
@@ -84,6 +86,8 @@ class CpuBackend final : public Backend {
       row += span.rows;
     }
     for (const Verb& verb : stage.verbs) {
+      const Range range(name_of(verb), verb.block * c_.block_depth + verb.layer);
+      const VerbMeter::Timed timed(meter_, name_of(verb));
       switch (verb.kind) {
         case Verb::Kind::embed:
           embed();
@@ -145,6 +149,7 @@ class CpuBackend final : public Backend {
   }
 
   void draw(const std::vector<Span>& next, Tokens& drawn) override {
+    const VerbMeter::Timed timed(meter_, "draw");
     drawn.clear();
     for (const Span& span : next) {
       uint8_t* flags = seen_.empty() ? nullptr : seen(span.sequence);
@@ -154,6 +159,8 @@ class CpuBackend final : public Backend {
       write_tokens(span.sequence, span.begin, &drawn.back(), 1);
     }
   }
+
+  void meter(VerbMeter* to) override { meter_ = to; }
 
  private:
   // CBLAS takes buffers of its own when first used on a size; after this, memory is constant.
@@ -318,6 +325,7 @@ class CpuBackend final : public Backend {
   std::vector<float> norm_weight_, norm_bias_;
   std::vector<Layer> layers_;
 
+  VerbMeter* meter_ = nullptr;
   const std::vector<Span>* spans_ = nullptr;  // of the run under way
   std::vector<Queries> queries_;
   float* x_ = nullptr;

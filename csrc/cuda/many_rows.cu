@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "../runtime/range.h"
 #include "many_rows.h"
 #include "rows/rows.h"
 
@@ -66,6 +67,7 @@ const float* ManyRows::run(const Stage& stage, const Span& span) {
       region ? reinterpret_cast<float*>(m_.arena + region->offset) + span.begin * m_.c.hidden_size
              : nullptr;
   for (const Verb& verb : stage.verbs) {
+    const Range range(name_of(verb), verb.block * m_.c.block_depth + verb.layer);
     switch (verb.kind) {
       case Verb::Kind::embed:
         tokens_ = reinterpret_cast<const int32_t*>(base_ + w_.tokens) +

@@ -104,6 +104,11 @@ class PyEngine {
     const auto lock = own();
     engine_.reset();
   }
+  void meter(bool on) {
+    const auto lock = own();
+    engine_.meter(on);
+  }
+  const std::vector<VerbStats>& metered() const { return engine_.metered(); }
   int64_t sequences() const { return engine_.sequences(); }
   EngineStats stats() const { return engine_.stats(); }
 
@@ -201,6 +206,13 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("history_length", &EngineStats::history_length)
       .def_readonly("window_fill", &EngineStats::window_fill);
 
+  py::class_<VerbStats>(m, "VerbStats")
+      .def_readonly("verb", &VerbStats::verb)
+      .def_readonly("calls", &VerbStats::calls)
+      .def_readonly("seconds", &VerbStats::seconds)
+      .def_readonly("bytes", &VerbStats::bytes)
+      .def_readonly("flops", &VerbStats::flops);
+
   py::class_<PyEngine>(m, "Engine")
       .def(py::init<const Config&, const std::string&, const py::dict&, const CachePlan&, uintptr_t,
                     int64_t, int, uintptr_t>())
@@ -211,6 +223,8 @@ PYBIND11_MODULE(_C, m) {
       .def("load_state", &PyEngine::load_state)
       .def("copy_logits", &PyEngine::copy_logits)
       .def("reset", &PyEngine::reset)
+      .def("meter", &PyEngine::meter)
+      .def_property_readonly("metered", &PyEngine::metered)
       .def_property_readonly("sequences", &PyEngine::sequences)
       .def_property_readonly("stats", &PyEngine::stats);
 

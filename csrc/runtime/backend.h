@@ -78,8 +78,21 @@ std::vector<Span> pieces_of(const Stage& stage, const Span& all, int64_t most);
 // Rows of its context that an attend verb reads.
 int64_t keys_read(const Verb& verb, const Span& span);
 
-// Multiply-adds of a stage over a span, about: the unit of progress.
+// What to call a verb: "project", "attend history", ...
+const char* name_of(const Verb& verb);
+
+// Arithmetic of a verb over `count` spans, and the bytes of weights and cached rows that it reads
+// or writes, each once. Activations are not counted.
+struct Work {
+  double flops = 0;
+  double bytes = 0;
+};
+Work work_of(const Config& config, DType dtype, const Verb& verb, const Span* spans, size_t count);
+
+// Multiply-adds of a stage over a span: the unit of progress.
 double cost(const Config& config, const Stage& stage, const Span& span);
+
+struct VerbMeter;
 
 // Told the share of the stage that is done; throws Interrupted.
 using Poll = std::function<void(double)>;
@@ -116,6 +129,9 @@ class Backend {
   virtual void draw(const std::vector<Span>& next, Tokens& drawn) = 0;
   // Whatever was drawn or run beyond `last` never happened.
   virtual void end(const std::vector<Span>& /*last*/) {}
+
+  // Where to count the seconds of verbs, if they run one by one.
+  virtual void meter(VerbMeter* /*to*/) {}
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const Config& config, const Weights& weights,

@@ -6,7 +6,9 @@
 
 #include "backend.h"
 #include "meter.h"
+#include "range.h"
 #include "state.h"
+#include "verb_meter.h"
 
 namespace tlinformer {
 
@@ -31,6 +33,7 @@ struct Engine::Impl {
   std::vector<int64_t> everyone;  // 0 ... active - 1
   int64_t active = 0;
   EngineStats stats;
+  VerbMeter verbs;
 
   Span span_of(int64_t sequence, int64_t begin, int64_t rows, int64_t history) const {
     return {sequence, begin, rows, history, config.compressed_rows(history)};
@@ -49,6 +52,12 @@ struct Engine::Impl {
   void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
     double whole = 0;
     for (const Span& span : over) whole += cost(config, stage, span);
+    if (verbs.on) {
+      for (const Verb& verb : stage.verbs) {
+        const DType dtype = plan.options().dtype;
+        verbs.count(name_of(verb), work_of(config, dtype, verb, over.data(), over.size()));
+      }
+    }
     backend->run(stage, over, [&meter, whole](double share) { meter.poll(share * whole); });
     meter.done += whole;
   }
@@ -73,11 +82,13 @@ struct Engine::Impl {
   }
 
   void slide(int64_t index, int64_t history, Meter& meter) {
+    const Range range("slide", history);
     Sequence& sequence = sequences[static_cast<size_t>(index)];
     sequence.slid_history = kStale;  // until done: an interruption then costs only time
     for (size_t i = 0; i < slide_stages.size(); ++i) {
       const Span all = slide_span(i, index, history);
       for (const Span& piece : pieces_of(slide_stages[i], all, plan.piece_rows())) {
+        const Range range("piece", piece.begin);
         run(slide_stages[i], {piece}, meter);
         meter.poll();
       }
@@ -100,6 +111,7 @@ struct Engine::Impl {
       check_tokens(prompts[i], "prompt ", i);
     }
     forget();
+    const Range range("prefill", static_cast<int64_t>(prompts.size()));
     Meter meter{&progress};
     std::vector<Span> windows;
     for (size_t i = 0; i < prompts.size(); ++i) {
@@ -148,6 +160,7 @@ struct Engine::Impl {
       meter.done = 0;
       slide(next.sequence, next.history, meter);
     }
+    const Range range("step", spans.front().begin);
     const Progress none;  // a hit is too short to interrupt
     Meter unmetered{&none};
     run(window, spans, unmetered);
@@ -157,6 +170,10 @@ struct Engine::Impl {
       sequence.known_history = std::max(sequence.known_history, pushed.begin + 1);
     }
     count_hits();
+  }
+
+  Work work_of_draw() const {  // it reads the logits
+    return {0, static_cast<double>(spans.size()) * static_cast<double>(config.vocab_size) * 4};
   }
 
   // How many tokens each of `spans` can take before the first of them slides.
@@ -310,6 +327,7 @@ std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParam
   require(max_new_tokens >= 0, "max_new_tokens = ", max_new_tokens, "; it must be at least 0");
   sampling.validate(impl.config.vocab_size);
   impl.check_room(max_new_tokens);
+  const Range range("generate", max_new_tokens);
   std::vector<Tokens> out(static_cast<size_t>(impl.active));
   for (Tokens& tokens : out) tokens.reserve(static_cast<size_t>(max_new_tokens));
   const auto stops = [&](int32_t token) {
@@ -332,7 +350,11 @@ std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParam
       impl.backend->expect(expected);
     }
     if (expected > 0) --expected;
-    impl.backend->draw(impl.spans, drawn);
+    {
+      const Range draws("draw", impl.spans.front().begin);
+      if (impl.verbs.on) impl.verbs.count("draw", impl.work_of_draw());
+      impl.backend->draw(impl.spans, drawn);
+    }
     for (size_t row = 0; row < live.size(); ++row) {
       out[static_cast<size_t>(live[row])].push_back(drawn[row]);
       // Delivered before it is pushed: nobody waits for a slide to see what was drawn before it.
@@ -351,11 +373,13 @@ std::vector<Tokens> Engine::generate(int64_t max_new_tokens, const SamplingParam
 void Engine::save_state(const std::string& path, const std::vector<int64_t>& chosen,
                         const Progress& progress) {
   impl_->check_ready("save_state");
+  const Range range("save_state", impl_->active);
   impl_->save(path, chosen, progress);
 }
 
 void Engine::load_state(const std::string& path, const std::vector<int64_t>& chosen,
                         const Progress& progress) {
+  const Range range("load_state");
   impl_->load(path, chosen, progress);
 }
 
@@ -380,6 +404,12 @@ EngineStats Engine::stats() const {
   }
   return stats;
 }
+
+void Engine::meter(bool on) {
+  impl_->verbs = {on, {}};
+  impl_->backend->meter(&impl_->verbs);
+}
+const std::vector<VerbStats>& Engine::metered() const { return impl_->verbs.rows; }
 
 void Engine::reset() {
   impl_->forget();

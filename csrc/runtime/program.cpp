@@ -112,21 +112,76 @@ int64_t keys_read(const Verb& verb, const Span& span) {
   return *verb.context == Cache::history ? span.history : span.compressed;
 }
 
-double cost(const Config& config, const Stage& stage, const Span& span) {
-  const double width = static_cast<double>(config.hidden_size);
-  double sum = 0;
-  for (const Verb& verb : stage.verbs) {
-    if (verb.kind == Verb::Kind::project) {
-      sum += width * static_cast<double>(verb.queries * config.query_dim() +
-                                         verb.keys_values.has_value() * 2 * config.kv_dim());
-    } else if (verb.kind == Verb::Kind::finish) {
-      sum += width * (width + 3.0 * static_cast<double>(config.intermediate_size));
-    } else if (verb.kind == Verb::Kind::attend) {
-      const int64_t keys = verb.causal * span.rows / 2 + keys_read(verb, span);
-      sum += 2.0 * static_cast<double>(keys * config.query_dim());
-    }
+const char* name_of(const Verb& verb) {
+  switch (verb.kind) {
+    case Kind::embed:
+      return "embed";
+    case Kind::load:
+      return "load";
+    case Kind::project:
+      return "project";
+    case Kind::attend:
+      if (!verb.context) return "attend window";
+      return *verb.context == Cache::history ? "attend history" : "attend context";
+    case Kind::finish:
+      return "finish";
+    case Kind::store:
+      return "store";
+    case Kind::keep:
+      return "keep";
+    case Kind::head:
+      return "head";
   }
-  return sum * static_cast<double>(span.rows);
+  return "";
+}
+
+Work work_of(const Config& c, DType dtype, const Verb& verb, const Span* spans, size_t count) {
+  const auto real = [](int64_t n) { return static_cast<double>(n); };
+  const double element = real(size_of(dtype)), d = real(c.hidden_size), dq = real(c.query_dim());
+  const double cached = 2 * real(c.kv_dim());  // numbers of a row of keys and values
+  double rows = 0;
+  for (size_t i = 0; i < count; ++i) rows += real(spans[i].rows);
+  Work work;
+  const auto product = [&](double weights, double times) {
+    work.flops += 2 * weights * times;
+    work.bytes += weights * element;
+  };
+  switch (verb.kind) {
+    case Kind::embed:
+      work.bytes = rows * d * element;
+      break;
+    case Kind::project:
+      product(d * (verb.queries * dq + verb.keys_values.has_value() * cached), rows);
+      work.bytes += verb.keys_values.has_value() * rows * cached * element;
+      break;
+    case Kind::finish:
+      product(d * (dq + 3 * real(c.intermediate_size)), rows);
+      break;
+    case Kind::attend:
+      for (size_t i = 0; i < count; ++i) {
+        const Span& span = spans[i];
+        const double before = verb.causal * real(span.begin - span.history);
+        const double own = verb.causal * real(span.rows), context = real(keys_read(verb, span));
+        const double pairs = real(span.rows) * (before + context) + own * (real(span.rows) + 1) / 2;
+        work.flops += 4 * pairs * dq;
+        work.bytes += (before + own + context) * cached * element;
+      }
+      break;
+    case Kind::head:
+      product(real(c.vocab_size) * d, static_cast<double>(count));
+      break;
+    default:  // copies of activations
+      break;
+  }
+  return work;
+}
+
+double cost(const Config& config, const Stage& stage, const Span& span) {
+  double flops = 0;
+  for (const Verb& verb : stage.verbs) {
+    flops += work_of(config, DType::float32, verb, &span, 1).flops;
+  }
+  return flops / 2;
 }
 
 }  // namespace tlinformer

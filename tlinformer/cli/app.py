@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from .bench import bench_command
 from .eval import eval_command
 from .generate import generate_command
 from .info import info_command
@@ -27,6 +28,7 @@ app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=Fal
 app.command("generate")(generate_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.command("bench")(bench_command)
 app.command("plan")(plan_command)
 app.command("info")(info_command)
 

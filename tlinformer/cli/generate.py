@@ -121,7 +121,7 @@ def generate_command(
     threads = threads or torch.get_num_threads()
     length = max(1, saved + ids.numel() + max_new_tokens)
     kind = None if dtype == "auto" else dtype
-    loaded.to(_place(device, loaded.config, kind))
+    loaded.to(pick_device(device, loaded.config, kind))
     engine = Engine(loaded, max_context=length, dtype=kind, num_threads=threads)
     # A rehearsal: bad sampling options and weights are refused before a long prompt is read.
     engine.prefill(torch.tensor([[0]]))
@@ -160,7 +160,7 @@ def generate_command(
         raise KeyboardInterrupt(f"interrupted after {stream.tokens:,} tokens")
 
 
-def _place(device: str, config: Any, dtype: str | None) -> Any:
+def pick_device(device: str, config: Any, dtype: str | None) -> Any:
     """Where to run; "auto" prefers a GPU if this build's CUDA engine takes the model and dtype."""
     import torch
 

@@ -34,6 +34,15 @@ struct EngineStats {
   std::vector<int64_t> window_fill;     // per sequence: tokens in the generation window
 };
 
+// One verb of the engine's programs (csrc/runtime/backend.h), over all its calls.
+struct VerbStats {
+  std::string verb;
+  int64_t calls = 0;
+  double seconds = 0;  // on the CPU; a GPU runs many verbs in a launch: ask a profiler there
+  double bytes = 0;  // of weights and cached rows that it needs to read or write, each once a call
+  double flops = 0;
+};
+
 using Tokens = std::vector<int32_t>;
 // Called between pieces of long work with the share done, in [0, 1]; return false to interrupt.
 using Progress = std::function<bool(double)>;
@@ -83,6 +92,9 @@ class Engine {
 
   int64_t sequences() const;  // of the last prefill or load_state; 0 when empty
   EngineStats stats() const;
+  // Counts verbs from now on, from zero; false stops it.
+  void meter(bool on);
+  const std::vector<VerbStats>& metered() const;
   void reset();  // forgets all sequences and counters
   const Config& config() const;
   const CachePlan& plan() const;
