@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,23 @@ def test_every_kernel_belongs_to_a_verb() -> None:
     assert len(kernels) > 10
     for kernel in kernels:
         assert any(re.search(pattern, kernel) for pattern, _ in KERNELS), kernel
+
+
+@pytest.mark.parametrize(("what", "section"), [("token", "SourceCounters"), ("slide", "Roofline")])
+def test_ncu_is_called_with_the_sections_that_matter(
+    what: str, section: str, tmp_path: Path
+) -> None:
+    fake = tmp_path / "ncu"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {tmp_path}/arguments\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    subprocess.run([ROOT / "benchmarks/ncu.sh", what, "4096"], check=True, env=environment)
+    arguments = (tmp_path / "arguments").read_text().split("\0")
+    assert any(section in argument for argument in arguments)
+    program = arguments.index("-c") + 1
+    compile(arguments[program], "program", "exec")
+    assert arguments[program + 1 : program + 4] == [what, "4096", "41M"]
+    assert subprocess.run([ROOT / "benchmarks/ncu.sh", "nothing"], env=environment).returncode == 2
 
 
 def test_roofline_of_a_gpu(gpu: Place) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .generate import pick_device
+from .plan import parse_tokens
 
 
 def bench_command(
@@ -19,8 +20,8 @@ def bench_command(
         Path, typer.Argument(metavar="DIR", help="Holds config.json and model.safetensors.")
     ] = Path("models/tlinformer-prose-8m"),
     context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of history, rounded to generation windows.")
-    ] = 16384,
+        str, typer.Option(metavar="N", help="Tokens of history, whole windows: 16384, 128K, 1M.")
+    ] = "16K",
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens timed between slides (default: 100).")
     ] = None,
@@ -54,9 +55,9 @@ def bench_command(
     tokens = min(100, window - 1) if tokens is None else tokens
     if not 1 <= tokens < window:
         raise ValueError(f"--tokens is {tokens}; between two slides are 1 to {window - 1}")
-    if context < window:
+    history = parse_tokens(context) // window * window
+    if not history:
         raise ValueError(f"--context is {context}; it must be at least a window, {window}")
-    history = context // window * window
     loaded.to(pick_device(device, loaded.config, kind))
     if threads:
         torch.set_num_threads(threads)
