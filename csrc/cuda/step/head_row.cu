@@ -10,7 +10,7 @@ namespace {
 using namespace step;
 
 constexpr int kWarps = 6, kStages = 2;  // stages of each warp, which shares them with none
-constexpr int kAhead = 3;
+[[maybe_unused]] constexpr int kAhead = 3;  // not where the kernel is empty
 constexpr int kMemory = 220 * 1024;
 
 // In bytes: the stages, of 16 rows' next `columns` columns each, and behind them x as B operand.
