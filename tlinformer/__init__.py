@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tlinformer.config import TLinFormerConfig
-    from tlinformer.engine import Engine, SamplingParams, plan_cache
+    from tlinformer.engine import Engine, plan_cache
     from tlinformer.model import TLinFormerForCausalLM
+    from tlinformer.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -24,7 +25,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "engine",
-    "SamplingParams": "engine",
+    "SamplingParams": "sampling",
     "TLinFormerConfig": "config",
     "TLinFormerForCausalLM": "model",
     "plan_cache": "engine",

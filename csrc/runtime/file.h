@@ -25,6 +25,7 @@ class OutputFile {
       if (made < 0 && errno == EEXIST) continue;
       require<FileError>(made >= 0, path, ": cannot be written: ", std::strerror(errno));
       file_ = fdopen(made, "wb");
+      require<FileError>(file_ != nullptr, path, ": cannot be written: ", std::strerror(errno));
     }
   }
   OutputFile(const OutputFile&) = delete;

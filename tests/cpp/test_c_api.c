@@ -73,6 +73,15 @@ int main(int argc, char** argv) {
   CHECK(tlin_engine_create(model, &options, &engine) == TLIN_OUT_OF_MEMORY);
   options.memory_limit = 0;
   options.size = sizeof options;
+  const int32_t device = options.device;
+  options.device = 77;
+  CHECK(tlin_engine_create(model, &options, &engine) == TLIN_INVALID_ARGUMENT);
+  options.size = offsetof(tlin_engine_options, device); /* of a header that knew the CPU alone */
+  CHECK(tlin_engine_create(model, &options, &engine) == TLIN_OK);
+  tlin_engine_destroy(engine);
+  engine = NULL;
+  options.size = sizeof options;
+  options.device = device;
   options.device_index = 99;
   CHECK(tlin_engine_create(model, &options, &engine) == TLIN_INVALID_ARGUMENT);
   CHECK(strstr(tlin_last_error(), "device_index is 99"));

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .generate import pick_device
+from .inputs import pick_device
 from .plan import parse_tokens
 
 

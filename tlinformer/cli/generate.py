@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..terminal import format_bytes
+from .inputs import file_errors, pick_device, read_prompt
 
 ECHO = 300  # characters of the prompt's end shown before its continuation
 LONG = 0.5  # seconds after which a slide shows its progress
@@ -98,13 +97,13 @@ def generate_command(
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least {least}")
     saved = 0
     if load_state:
-        with _file_errors():
+        with file_errors():
             lengths = state_lengths(load_state)
         if len(lengths) > 1:
             raise ValueError(f"{load_state} holds {len(lengths)} sequences; generate takes one")
         saved = lengths[0]
     without = load_state and prompt is None and prompt_file is None
-    text = "" if without else _read_prompt(prompt, prompt_file)
+    text = "" if without else read_prompt(prompt, prompt_file)
     loaded = TLinFormerForCausalLM.from_pretrained(model)
     tokenizer = load_tokenizer(model)
     vocabulary, known = loaded.config.vocab_size, tokenizer.get_vocab_size()
@@ -139,7 +138,7 @@ def generate_command(
         console.print(about, style="dim", markup=False)
     prefill_seconds = _read(engine, ids, load_state, console)
     if save_state:
-        with _file_errors():
+        with file_errors():
             engine.save_state(save_state)
     stream = _TextStream(tokenizer, None if as_json else sys.stdout, console)
     stream.echo(text)
@@ -158,46 +157,6 @@ def generate_command(
         _print_summary(summary, console)
     if interrupted:
         raise KeyboardInterrupt(f"interrupted after {stream.tokens:,} tokens")
-
-
-def pick_device(device: str, config: Any, dtype: str | None) -> Any:
-    """Where to run; "auto" prefers a GPU if this build's CUDA engine takes the model and dtype."""
-    import torch
-
-    from ..plan import plan_cache
-    from ..recipe import resolve_device
-
-    if device == "auto" and torch.cuda.is_available():
-        try:
-            plan_cache(config, max_context=1, dtype=dtype, device="cuda")
-        except ValueError:
-            device = "cpu"
-    return resolve_device(device)
-
-
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    from ..data import read_text
-
-    if (prompt is None) == (file is None):
-        given = "no prompt" if prompt is None else "both a prompt and --prompt-file are given"
-        raise ValueError(
-            f'{given}; give one: tlinformer generate "In the beginning", --prompt-file FILE, '
-            "or --prompt-file - for standard input"
-        )
-    if prompt is not None:
-        name, raw = "the prompt", prompt.encode("utf-8", "surrogateescape")
-    elif str(file) == "-":
-        name, raw = "standard input", sys.stdin.buffer.read()
-    else:
-        name = str(file)
-        raw = "".join(read_text(name)).encode()
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text ({error.reason}); convert it first") from None
-    if not text:
-        raise ValueError(f"{name} is empty; give at least one character")
-    return text
 
 
 class _TextStream:
@@ -258,15 +217,6 @@ class _TextStream:
         self._write("\n")
 
 
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    """What the system says of a file is a message for people."""
-    try:
-        yield
-    except OSError as error:
-        raise RuntimeError(str(error)) from error
-
-
 def _read(engine: Any, ids: Any, state: Path | None, console: Console) -> float:
     """Reads a prompt, or a saved state and then a prompt; returns the seconds."""
     text = "reading [bold]{task.fields[read]:,}[/] of {task.fields[tokens]:,} tokens"
@@ -282,7 +232,7 @@ def _read(engine: Any, ids: Any, state: Path | None, console: Console) -> float:
         if state is None:
             engine.prefill(ids, progress=show)
         else:
-            with _file_errors():
+            with file_errors():
                 engine.load_state(state)
             for i in range(tokens):
                 engine.step(ids[:, i])

@@ -25,7 +25,7 @@ typedef enum tlin_status {
   TLIN_INVALID_ARGUMENT = 1, /* a value is outside what the call accepts; nothing has changed */
   TLIN_OUT_OF_MEMORY = 2,    /* the cache does not fit */
   TLIN_INTERRUPTED = 3,      /* a progress callback returned 0 */
-  TLIN_FILE_ERROR = 4,       /* a file is missing or cannot be read */
+  TLIN_FILE_ERROR = 4,       /* a file is missing, or cannot be read or written */
   TLIN_NUMERICAL_ERROR = 5,  /* the model produced NaN */
   TLIN_INTERNAL_ERROR = 6
 } tlin_status;
