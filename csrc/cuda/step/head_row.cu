@@ -9,7 +9,7 @@ namespace {
 
 using namespace step;
 
-constexpr int kWarps = 6, kStages = 2;  // stages of each warp, which shares them with none
+constexpr int kWarps = 6, kStages = 2;      // stages of each warp, which shares them with none
 [[maybe_unused]] constexpr int kAhead = 3;  // not where the kernel is empty
 constexpr int kMemory = 220 * 1024;
 
