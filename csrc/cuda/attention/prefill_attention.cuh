@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../numeric.cuh"
+#include "dropout_bits.cuh"
 #include "prefill_attention.h"
 
 namespace tlinformer::cuda {
@@ -72,6 +73,12 @@ __device__ inline void load_matrices(uint32_t (&b)[4], uint32_t row) {
   }
 }
 
+__device__ inline uint2 load_pair(uint32_t shared) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(shared) : "memory");
+  return x;
+}
+
 // As mma(), but 16 x 8 x 8.
 template <class T>
 __device__ inline void mma_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
@@ -99,12 +106,12 @@ __device__ inline unsigned thread_index() {
 }
 
 // A thread's share of copying tiles: one column of pieces, in every kRows-th row.
-template <class T, int d>
+template <class T, int d, int kThreads = PrefillTile<d>::kThreads>
 struct TileCopy {
   using Tile = PrefillTile<d>;
   static constexpr int kPiece = d % 8 == 0 ? 8 : 4;  // rows of 36 are 8-byte aligned only
   static constexpr int kPieces = d / kPiece;
-  static constexpr int kRows = Tile::kThreads / kPieces;
+  static constexpr int kRows = kThreads / kPieces;
 
   const T *keys, *values;  // of the next tile
 
@@ -139,13 +146,21 @@ struct TileCopy {
   }
 };
 
+// Dropout of a lane's four rows.
+struct RowDropout {
+  uint32_t rows[2][2];     // their bits
+  uint32_t keys = 0;       // shared address of the bits of the step's keys
+  uint32_t threshold = 0;  // 0: no dropout
+};
+
 // 32 query rows of a warp, as two operands of 16, and what the keys so far made of them. A lane
 // holds rows g, g + 8, g + 16 and g + 24 (g = lane / 4), columns 2t and 2t + 1 (t = lane % 4) of
 // every eight.
-template <class T, int d>
+template <class T, int d, bool kDropout = false>
 struct WarpRows {
   static constexpr int kChunks = PrefillTile<d>::kChunks;
-  static constexpr bool kColumnOfOnes = PrefillTile<d>::kColumnOfOnes;
+  // The softmax's sum is that of the weights before dropout.
+  static constexpr bool kColumnOfOnes = PrefillTile<d>::kColumnOfOnes && !kDropout;
 
   uint32_t query[2][(kChunks + 1) / 2][4];
   float output[2][kChunks][4];
@@ -196,7 +211,8 @@ struct WarpRows {
 
   // 32 more keys, from these shared addresses on. Row i sees the first min(left, diagonal + i) of
   // them.
-  __device__ void step(uint32_t keys, uint32_t values, float factor, int left, int diagonal) {
+  __device__ void step(uint32_t keys, uint32_t values, float factor, int left, int diagonal,
+                       const RowDropout& dropout = {}) {
     constexpr int kRowBytes = PrefillTile<d>::kStride * sizeof(T);
     const int lane = threadIdx.x % 32;
     // Matrices 0 and 1 are a pair of chunks of eight keys, 2 and 3 that of the next eight: the two
@@ -250,6 +266,21 @@ struct WarpRows {
         }
       }
     }
+    if (kDropout && dropout.threshold > 0) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const uint2 key = load_pair(dropout.keys + (8 * n + lane % 4 * 2) * sizeof(uint32_t));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t row = dropout.rows[r][h];
+            weight[r][n / 2][n % 2 * 2 + h] &=
+                kept_halves(row * key.x, row * key.y, dropout.threshold);
+          }
+        }
+      }
+    }
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       uint32_t value[4];
@@ -295,7 +326,7 @@ struct WarpRows {
   }
 
   // Divides by the sums; leaves the log-sum-exp to base 2 in `sum`, -inf where there was no key.
-  __device__ void normalise() {
+  __device__ void normalise(float scale = 1) {
     each_row([&](int r, int h, int) {
       float total;
       if constexpr (kColumnOfOnes) {
@@ -305,7 +336,7 @@ struct WarpRows {
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
       }
-      const float inverse = total == 0 ? 0 : __fdividef(1, total);
+      const float inverse = total == 0 ? 0 : __fdividef(scale, total);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         output[r][c][2 * h] *= inverse;
