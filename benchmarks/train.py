@@ -3,12 +3,12 @@
     python benchmarks/train.py --json benchmarks/results/train_speed.json
     python benchmarks/train.py --device cpu --smoke    # the same in tiny, in seconds
 
-steps      tokens/s of the trainer's own step (forward, backward, clipping, AdamW; compiled, autocast
-           to bfloat16, the recipe's dropout): both models alternate in windows of steps, medians.
-           `flops_allow` is the Transformer's FLOPs over TLinFormer's, `reached` the share of it.
-attention  one call at the shapes of training, forward and backward: tlinformer's operator, two calls
-           of each of PyTorch's kernels that takes the shape, and FlexAttention.
---profile  prints, and keeps, the kernels that take most of TLinFormer's and the Transformer's step.
+steps      tokens/s of the trainer's own step: forward, backward, clipping, AdamW; compiled, in
+           bfloat16, with the recipe's dropout. Both models alternate; medians. `flops_allow` is
+           the Transformer's FLOPs over TLinFormer's, `reached` the ratio's share of it.
+attention  one call at the shapes of training, forward and backward: tlinformer's operator, two
+           calls of each of PyTorch's kernels that takes the shape, and FlexAttention.
+--profile  lists and keeps the kernels that take most of a step.
 
 Tokens and weights are random.
 """
@@ -183,6 +183,11 @@ def two_calls(backend: SDPBackend, dropout: float, q: Tensor, k: Tensor, v: Tens
         return window + scaled_dot_product_attention(q, ck, cv, dropout_p=dropout)
 
 
+def with_dropout(q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor) -> Tensor:
+    seed = torch.ones(1, dtype=torch.int64, device=q.device)
+    return torch.ops.tlinformer.ranged_attention(q, k, v, ck, cv, [], None, 0.2, seed)[0]
+
+
 def flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -222,6 +227,7 @@ def attention_ways(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]
     ways: dict[str, Callable[..., Tensor]] = {"window_attention": window_attention}
     if args.device.type == "cpu":
         return ways | {"SDPA x 2": partial(two_calls, SDPBackend.MATH, 0.0)}
+    ways["window_attention, dropout"] = with_dropout
     for name in ("FLASH", "EFFICIENT", "CUDNN"):
         backend = getattr(SDPBackend, f"{name}_ATTENTION")
         ways[f"SDPA x 2, {name.lower()}"] = partial(two_calls, backend, 0.0)

@@ -177,15 +177,21 @@ def test_rotation_keeps_low_precision_and_turns_in_float32() -> None:
 
 
 def test_attend_batches_equal_windows() -> None:
-    q, k = torch.randn(2, 12, 2, 6), torch.randn(2, 30, 2, 6)
-    windows = [(0, 4), (4, 8), (8, 9)], [(0, 10), (10, 20), (20, 30)]
-    together = attend(q, k, k, *windows)
-    apart = [
-        attend(q[:, a:b], k[:, c:d], k[:, c:d], [(0, b - a)], [(0, d - c)])
-        for (a, b), (c, d) in zip(*windows, strict=True)
-    ]
+    q, k = torch.randn(2, 14, 2, 6), torch.randn(2, 30, 2, 6)
+    q_rows = [(0, 4), (4, 8), (8, 9), (9, 13), (13, 13), (13, 14)]
+    own = [(0, 4), (4, 8), (8, 9), (0, 0), (3, 3), (0, 0)]
+    context = [(0, 10), (10, 20), (20, 30), (2, 30), (0, 7), (5, 5)]
+    together = attend(q, k, k, q_rows, own, context)
+    apart = []
+    for (a, b), (c, d), (e, f) in zip(q_rows, own, context, strict=True):
+        x = torch.zeros(2, b - a, 12)
+        if d > c and b > a:
+            x = x + attend(q[:, a:b], k[:, c:d], k[:, c:d], [(0, b - a)], [(0, d - c)], [(0, 0)])
+        if f > e and b > a:
+            x = x + attend(q[:, a:b], k[:, e:f], k[:, e:f], [(0, b - a)], [(0, 0)], [(0, f - e)])
+        apart.append(x)
     torch.testing.assert_close(together, torch.cat(apart, 1))
-    assert not attend(q, k, k, [(2, 5)], [(3, 3)]).any()
+    assert not together[:, -1].any()
 
 
 @pytest.mark.parametrize("cls", [TLinFormerForCausalLM, TransformerForCausalLM])

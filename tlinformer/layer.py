@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import ops
 from .config import TLinFormerConfig
 
 Ranges = list[tuple[int, int]]  # rows start ... stop-1 of one tensor, one entry a window
@@ -63,15 +64,15 @@ def attend(
     k: Tensor,
     v: Tensor,
     q_rows: Ranges,
-    k_rows: Ranges,
-    *,
-    causal: bool = False,
+    window_rows: Ranges,
+    context_rows: Ranges,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of every window apart: rows `q_rows[i]` of q look at rows `k_rows[i]` of k and v.
+    """Attention of every window apart, by PyTorch's kernels.
 
-    Neighbouring windows of equal shape share one call. An empty context yields zeros, because
-    its term is absent from the sum.
+    Rows `q_rows[i]` of q look causally at rows `window_rows[i]` of k and v and, with a softmax of
+    their own, at all of `context_rows[i]`; the two terms are added, and an empty range has none.
+    Neighbouring windows of equal shape share one call.
 
     Args:
         q: (B, rows, Hq, d), rotated. k: (B, rows', Hkv, d), rotated. v: like k.
@@ -79,28 +80,44 @@ def attend(
     Returns:
         (B, sum of the lengths of q_rows, Hq * d)
     """
-    batch, heads, grouped = q.size(0), q.size(2), q.size(2) != k.size(2)
-    runs: list[list[int]] = []  # [windows, first q row, q rows each, first k row, k rows each]
-    for (q0, q1), (k0, k1) in zip(q_rows, k_rows, strict=True):
-        n, q_first, q_len, k_first, k_len = runs[-1] if runs else (0, 0, -1, 0, -1)
-        if (q0, q1 - q0, k0, k1 - k0) == (q_first + n * q_len, q_len, k_first + n * k_len, k_len):
-            runs[-1][0] += 1
+    batch = q.size(0)
+    runs: list[tuple[int, list[tuple[int, int]]]] = []  # windows; the first's rows and their number
+    for ranges in zip(q_rows, window_rows, context_rows, strict=True):
+        rows = [(start, stop - start) for start, stop in ranges]
+        count, first = runs[-1] if runs else (0, rows)
+        if count and all(
+            size == n and (n == 0 or start == begin + count * n)
+            for (start, size), (begin, n) in zip(rows, first, strict=True)
+        ):
+            runs[-1] = (count + 1, first)
         else:
-            runs.append([1, q0, q1 - q0, k0, k1 - k0])
+            runs.append((1, rows))
 
     out = []
-    for n, q0, q_len, k0, k_len in runs:
-        if q_len == 0 or k_len == 0:
-            out.append(q.new_zeros(batch, n * q_len, heads * q.size(3)))
-            continue
-        qw, kw, vw = (
-            t[:, start : start + n * size].reshape(batch * n, size, *t.shape[2:]).transpose(1, 2)
-            for t, start, size in ((q, q0, q_len), (k, k0, k_len), (v, k0, k_len))
-        )
-        o = F.scaled_dot_product_attention(
-            qw, kw, vw, is_causal=causal, dropout_p=dropout, enable_gqa=grouped
-        )
-        out.append(o.transpose(1, 2).reshape(batch, n * q_len, -1))
+    for count, (of_q, *of_keys) in runs:
+
+        def heads(x: Tensor, rows: tuple[int, int], count: int = count) -> Tensor:
+            start, size = rows
+            windows = x[:, start : start + count * size]
+            return windows.reshape(batch * count, size, *x.shape[2:]).transpose(1, 2)
+
+        terms = [
+            F.scaled_dot_product_attention(
+                heads(q, of_q),
+                heads(k, rows),
+                heads(v, rows),
+                is_causal=causal,
+                dropout_p=dropout,
+                enable_gqa=q.size(2) != k.size(2),
+            )
+            for causal, rows in zip((True, False), of_keys, strict=True)
+            if of_q[1] and rows[1]
+        ]
+        if terms:
+            o = sum(terms[1:], terms[0]).transpose(1, 2)
+        else:
+            o = q.new_zeros(batch, count * of_q[1], *q.shape[2:])
+        out.append(o.reshape(batch, count * of_q[1], q.size(2) * q.size(3)))
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
@@ -157,9 +174,29 @@ class Layer(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
         return rotate(q, q_rope), rotate(k, rope), v
 
-    def attend(self, *args: Any, causal: bool = False) -> Tensor:
-        """`attend`, with dropout on the probabilities while training."""
-        return attend(*args, causal=causal, dropout=self.dropout if self.training else 0.0)
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_rows: Ranges,
+        window_rows: Ranges | None = None,
+        context_rows: Ranges | None = None,
+    ) -> Tensor:
+        """`attend`, with dropout on the probabilities while training; None: empty ranges.
+
+        On CUDA in 16 bits all windows are one launch, where there is a kernel for the head size.
+        """
+        window_rows = window_rows or [(0, 0)] * len(q_rows)
+        context_rows = context_rows or [(0, 0)] * len(q_rows)
+        dropout = self.dropout if self.training else 0.0
+        if not ops.takes_ranges(q, len(q_rows)):
+            return attend(q, k, v, q_rows, window_rows, context_rows, dropout)
+        segments = [
+            (q0, q1 - q0, w0 if w1 > w0 else -1, c0, c1 - c0)
+            for (q0, q1), (w0, w1), (c0, c1) in zip(q_rows, window_rows, context_rows, strict=True)
+        ]
+        return ops.ranged_attention(q, k, v, segments, dropout=dropout).flatten(2)
 
     @recomputable
     def finish(self, x: Tensor, o: Tensor) -> Tensor:

@@ -96,27 +96,26 @@ class Block(nn.Module):
             q_at = inner if last else rows
             qkv = compress.project(stream, gather(rope, tokens.x + tokens.a), q_needed)
         q, k, v = qkv
-        x = compress.attend(q, k, v, q_at.x, rows.x, causal=True)
-        if self.window_sees_history:
-            x = x + compress.attend(q, k, v, q_at.x, rows.a)
-        z = compress.attend(q, k, v, q_at.z, rows.a)  # focused attention
-        y = compress.finish(gather(stream, rows.x + rows.z), torch.cat([x, z], 1))
+        nothing = [(0, 0)] * len(rows.x)
+        seen = rows.a if self.window_sees_history else nothing
+        # The history's last rows read all of it: focused attention.
+        o = compress.attend(q, k, v, q_at.x + q_at.z, rows.x + nothing, seen + rows.a)
+        y = compress.finish(gather(stream, rows.x + rows.z), o)
 
         rope = gather(rope, tokens.x + tokens.z)
+        p: tuple[Tensor, Tensor, Tensor]
         for layer in hidden:
             p = layer.project(y, rope)
-            x = layer.attend(*p, inner.x, inner.x, causal=True)
-            x = x + layer.attend(*p, inner.x, inner.z)
-            y = layer.finish(y, torch.cat([x, layer.attend(*p, inner.z, inner.z)], 1))
+            o = layer.attend(*p, inner.x + inner.z, inner.x + nothing, inner.z + inner.z)
+            y = layer.finish(y, o)
 
         p = restore.project(y, rope, inner.x)
-        x = restore.attend(*p, inner.x, inner.x, causal=True)
-        x = x + restore.attend(*p, inner.x, inner.z)
+        o = restore.attend(*p, inner.x, inner.x, inner.z)
         y = gather(y, inner.x)
         if not last:  # the compress layer's queries read what the block made of the history
-            x = torch.cat([x, restore.attend(q, *p[1:], q_at.a, inner.z)], 1)
+            o = torch.cat([o, restore.attend(q, *p[1:], q_at.a, None, inner.z)], 1)
             y = torch.cat([y, gather(stream, rows.a)], 1)
-        return restore.finish(y, x)
+        return restore.finish(y, o)
 
 
 class CausalLM(nn.Module):

@@ -16,6 +16,7 @@
 namespace {
 
 using tlinformer::cpu::HeadRows;
+using tlinformer::python::checked_scale;
 using tlinformer::python::require;
 using tlinformer::python::shape_of;
 using torch::headeronly::ScalarType;
@@ -33,6 +34,39 @@ void require_rows(const char* name, const Tensor& x, const Tensor& query, int64_
           name, " is ", shape_of(x), ", must be (", query.size(0), ", ", heads, ", ", rows, ", ",
           query.size(3), ") for the query ", shape_of(query));
 }
+
+}  // namespace
+
+namespace tlinformer::python {
+
+double checked_scale(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const std::optional<Tensor>& context_key,
+                     const std::optional<Tensor>& context_value, std::optional<double> scale,
+                     bool same_rows) {
+  require(query.dim() == 4 && query.size(3) > 0, "query is ", shape_of(query),
+          ", must be (batch, query heads, window rows, head size)");
+  require(key.dim() == 4 && key.size(1) > 0 && query.size(1) % key.size(1) == 0, "key is ",
+          shape_of(key), ", must be (batch, key/value heads, window",
+          " rows, head size) with a number of heads that divides the query's ", query.size(1));
+  const int64_t kv_heads = key.size(1), rows = (same_rows ? query : key).size(2);
+  require_rows("key", key, query, kv_heads, rows);
+  require_rows("value", value, query, kv_heads, rows);
+  require(context_key.has_value() == context_value.has_value(),
+          "context_key and context_value come together; only ",
+          context_key ? "context_key" : "context_value", " was given");
+  if (context_key) {
+    const int64_t context_rows = context_key->dim() == 4 ? context_key->size(2) : 0;
+    require_rows("context_key", *context_key, query, kv_heads, context_rows);
+    require_rows("context_value", *context_value, query, kv_heads, context_rows);
+  }
+  const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(query.size(3))));
+  require(std::isfinite(factor), "scale is ", factor, ", must be finite");
+  return factor;
+}
+
+}  // namespace tlinformer::python
+
+namespace {
 
 // Any outer strides will do; only a strided last dimension is worth a copy.
 Tensor with_dense_rows(const Tensor& x) {
@@ -75,24 +109,8 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value,
 Tensor window_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                         std::optional<Tensor> context_key, std::optional<Tensor> context_value,
                         std::optional<double> scale) {
-  require(query.dim() == 4 && query.size(3) > 0, "query is ", shape_of(query),
-          ", must be (batch, query heads, window rows, head size)");
-  require(key.dim() == 4 && key.size(1) > 0 && query.size(1) % key.size(1) == 0, "key is ",
-          shape_of(key), ", must be (batch, key/value heads, window",
-          " rows, head size) with a number of heads that divides the query's ", query.size(1));
-  const int64_t kv_heads = key.size(1);
-  require_rows("key", key, query, kv_heads, query.size(2));
-  require_rows("value", value, query, kv_heads, query.size(2));
-  require(context_key.has_value() == context_value.has_value(),
-          "context_key and context_value come together; only ",
-          context_key ? "context_key" : "context_value", " was given");
-  if (context_key) {
-    const int64_t rows = context_key->dim() == 4 ? context_key->size(2) : 0;
-    require_rows("context_key", *context_key, query, kv_heads, rows);
-    require_rows("context_value", *context_value, query, kv_heads, rows);
-  }
-  const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(query.size(3))));
-  require(std::isfinite(factor), "scale is ", factor, ", must be finite");
+  const double factor =
+      checked_scale(query, key, value, context_key, context_value, scale, /*same_rows=*/true);
 #if defined(TLINFORMER_CUDA)
   if (query.is_cuda()) {
     return tlinformer::python::window_attention_cuda(query, key, value, context_key, context_value,
@@ -121,14 +139,29 @@ STABLE_TORCH_LIBRARY(tlinformer, m) {
   m.def(
       "window_attention(Tensor query, Tensor key, Tensor value, Tensor? context_key, "
       "Tensor? context_value, float? scale=None) -> Tensor");
+  m.def(
+      "window_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? context_key, "
+      "Tensor? context_value, float? scale=None) -> Tensor");
+  m.def(
+      "ranged_attention(Tensor query, Tensor key, Tensor value, Tensor? context_key, "
+      "Tensor? context_value, int[] segments, float? scale=None, float dropout=0.0, "
+      "Tensor? seed=None, bool rows_first=False) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ranged_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+      "Tensor? context_key, Tensor? context_value, Tensor output, Tensor context_output, "
+      "Tensor log_sum_exp, int[] segments, float? scale=None, float dropout=0.0, "
+      "Tensor? seed=None, bool rows_first=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tlinformer, CPU, m) {
-  m.impl("window_attention", TORCH_BOX(&window_attention));
+  m.impl("window_attention_forward", TORCH_BOX(&window_attention));
 }
 
 #if defined(TLINFORMER_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(tlinformer, CUDA, m) {
-  m.impl("window_attention", TORCH_BOX(&window_attention));
+  m.impl("window_attention_forward", TORCH_BOX(&window_attention));
+  m.impl("ranged_attention", TORCH_BOX(&tlinformer::python::ranged_attention_cuda));
+  m.impl("ranged_attention_backward",
+         TORCH_BOX(&tlinformer::python::ranged_attention_backward_cuda));
 }
 #endif
