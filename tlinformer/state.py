@@ -27,6 +27,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in float32: logits (B, L, V), targets (B, L)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class TrainState:
     """Model, optimizer, data, and the few numbers that a checkpoint keeps beside them.
 
@@ -62,6 +67,8 @@ class TrainState:
         self.forward = distributed.parallelize(
             self.model, config.strategy, self.device, config.compile
         )
+        # Compiled by itself, since the model may be wrapped: float32 logits are never stored then.
+        self.loss = torch.compile(token_loss, dynamic=False) if config.compile else token_loss
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.learning_rate,
@@ -99,7 +106,7 @@ class TrainState:
             first += len(rows)
             with torch.autocast(self.device.type, self.autocast, enabled=bool(self.autocast)):
                 logits = self.forward(rows[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+            loss = self.loss(logits, rows[:, 1:])
             # The sum over parts and processes is the mean over the whole batch; of the processes'
             # gradients, however, backward leaves the mean.
             loss = loss * (len(rows) / config.batch_size)
