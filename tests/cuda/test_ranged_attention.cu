@@ -140,7 +140,7 @@ void check_near(const char* what, const std::vector<double>& ours, const Exact& 
                 double epsilon) {
   CHECK(ours.size() == exact.value.size());
   for (size_t i = 0; i < ours.size(); ++i) {
-    const double bound = epsilon * (exact.magnitude[i] + std::fabs(exact.value[i]) / 2) + 1e-4;
+    const double bound = epsilon * (exact.magnitude[i] + std::fabs(exact.value[i])) + 1e-4;
     if (!(std::fabs(ours[i] - exact.value[i]) <= bound)) std::printf("%s %zu: ", what, i);
     CHECK_CLOSE(ours[i], exact.value[i], bound);
   }
