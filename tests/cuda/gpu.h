@@ -84,6 +84,17 @@ std::vector<double> doubles(const std::vector<T>& from) {
   return to;
 }
 
+// Random values, too many to make one by one.
+inline void randomise(const Array<tlinformer::cuda::bf16>& array) {
+  using tlinformer::cuda::bf16;
+  static const std::vector<bf16> some = normal<bf16>(1 << 20, 7);
+  for (size_t i = 0; i < array.size(); i += some.size()) {
+    const size_t part = std::min(array.size() - i, some.size());
+    check(cudaMemcpy(array.data() + i, some.data(), part * sizeof(bf16), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
+}
+
 // Median microseconds of one `work(stream)`, captured `repeats` times in a row into a graph.
 inline double microseconds(const std::function<void(cudaStream_t)>& work, int repeats = 50) {
   cudaStream_t stream;
@@ -120,6 +131,7 @@ inline double microseconds(const std::function<void(cudaStream_t)>& work, int re
 inline void report(const std::string& name, double us, double bytes, double flops) {
   std::printf("%-58s %10.2f us %9.3f MB %7.3f TB/s %9.3f GFLOP %8.1f TFLOP/s\n", name.c_str(), us,
               bytes / 1e6, bytes / us / 1e6, flops / 1e9, flops / us / 1e6);
+  std::fflush(stdout);  // seen at once through a pipe, too
 }
 
 }  // namespace gpu

@@ -187,21 +187,11 @@ void test_errors() {
   fails("float16", [](PrefillAttention& x) { x.dtype = DType::float32; });
 }
 
-// Random values, too many to make one by one.
-void randomise(const gpu::Array<bf16>& array) {
-  const std::vector<bf16> some = gpu::normal<bf16>(1 << 20, 7);
-  for (size_t i = 0; i < array.size(); i += some.size()) {
-    const size_t part = std::min(array.size() - i, some.size());
-    check(cudaMemcpy(array.data() + i, some.data(), part * sizeof(bf16), cudaMemcpyHostToDevice),
-          "cudaMemcpy");
-  }
-}
-
 void bench(const char* what, int64_t rows, int heads, int d, Group window, Group context) {
   const int64_t count = std::max(window.count, context.count);
   const gpu::Array<bf16> query(rows * heads * d), output(rows * heads * d);
   const gpu::Array<bf16> keys(count * heads * d), values(count * heads * d);
-  for (const auto* array : {&query, &keys, &values}) randomise(*array);
+  for (const auto* array : {&query, &keys, &values}) gpu::randomise(*array);
   const int64_t bytes = prefill_attention_scratch(1, rows, heads, d);
   const gpu::Array<char> scratch(bytes);
   PrefillAttention a;
