@@ -28,7 +28,8 @@ def test_a_restored_sequence_goes_on_exactly(
     model = every_place.model(**changes)
     ids = make_ids(model.config, 1, 14)
     original = engine_of(model, 60)
-    restored = engine_of(model, 80, batch_size=2)
+    # On a GPU one sequence has kernels of its own, which round differently.
+    restored = engine_of(model, 80, batch_size=2 if every_place.exact else 1)
     for length in (1, 3, 4, 5, 8, 11, 14):  # within windows, and where the next token slides
         original.prefill(ids[:, : (length + 1) // 2])
         logits = original.prefill(ids[:, :length]) if length % 2 else None
