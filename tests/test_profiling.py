@@ -113,6 +113,7 @@ def test_every_kernel_belongs_to_a_verb() -> None:
         p.read_text() for p in (ROOT / "csrc/cuda").rglob("*") if p.suffix in (".cu", ".cuh")
     ]
     kernels = {name for text in sources for name in re.findall(r"\btlin_\w+", text)}
+    kernels = {name for name in kernels if not name.startswith("tlin_ranged_")}  # these train
     assert len(kernels) > 10
     for kernel in kernels:
         assert any(re.search(pattern, kernel) for pattern, _ in KERNELS), kernel

@@ -10,8 +10,11 @@ namespace {
 
 using namespace step;
 
-constexpr int kWarps = 8, kAhead = 2;
-constexpr int kAddWarps = 16, kAddAhead = 3;  // no norm to share out: more warps, fewer slices each
+// Warps of a block, and slices that each has in flight. More warps have fewer slices each, but more
+// sums to be brought together: with two matrices that pays, with one it does not.
+constexpr int kProjectWarps = 8, kProjectAhead = 2;
+constexpr int kGateWarps = 16, kGateAhead = 1;
+constexpr int kAddWarps = 16, kAddAhead = 3;
 
 // Past the L1 cache, as an earlier kernel may have run meanwhile on the same multiprocessor.
 __device__ SequenceState load(const SequenceState* from) {
@@ -24,12 +27,12 @@ __device__ SequenceState load(const SequenceState* from) {
 
 // norm(x) times the matrices. One warp of the block, the last, gets the 16 outputs of a tile of the
 // first matrix in its lanes 0 ... 15, those of the second in the others.
-template <class T, int MATRICES>
+template <class T, int MATRICES, int WARPS, int AHEAD>
 class NormedProduct {
  public:
   struct Shared {
-    float4 sums[kWarps][MATRICES * kTile];  // of the four vectors
-    float2 measures[kWarps];
+    float4 sums[WARPS][MATRICES * kTile];  // of the four vectors
+    float2 measures[WARPS];
   };
 
   __device__ NormedProduct(Shared& shared, const void* const (&matrices)[MATRICES], int outputs,
@@ -39,7 +42,7 @@ class NormedProduct {
         row_(norm, x, width),
         epsilon_(norm.epsilon) {}
 
-  static __device__ bool is_last_warp() { return threadIdx.x / 32 == kWarps - 1; }
+  static __device__ bool is_last_warp() { return threadIdx.x / 32 == WARPS - 1; }
 
   __device__ void start() { row_.start(); }
   __device__ void multiply() {
@@ -59,7 +62,7 @@ class NormedProduct {
     float4 sum = {0, 0, 0, 0};
     float2 measures = {0, 0};
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < WARPS; ++warp) {
       const float4 part = shared_.sums[warp][threadIdx.x % (MATRICES * kTile)];
       sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
       measures = {measures.x + shared_.measures[warp].x, measures.y + shared_.measures[warp].y};
@@ -69,18 +72,19 @@ class NormedProduct {
 
  private:
   Shared& shared_;
-  RowWeights<T, MATRICES, kWarps, kAhead> weights_;
-  FoldedRow<T, kWarps, kAhead> row_;
+  RowWeights<T, MATRICES, WARPS, AHEAD> weights_;
+  FoldedRow<T, WARPS, AHEAD> row_;
   float epsilon_;
 };
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kProjectWarps)
     tlin_project_row(const __grid_constant__ ProjectStep p, float scale, float per_width) {
   let_next_start();
-  __shared__ typename NormedProduct<T, 1>::Shared shared;
+  using Product = NormedProduct<T, 1, kProjectWarps, kProjectAhead>;
+  __shared__ typename Product::Shared shared;
   const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
-  NormedProduct<T, 1> product(shared, {p.weight}, outputs, p.norm, p.x, p.hidden_size);
+  Product product(shared, {p.weight}, outputs, p.norm, p.x, p.hidden_size);
   // Lanes 0 ... 15 of one warp finish; a pair to be rotated is two neighbours.
   const int output = min(static_cast<int>(blockIdx.x * kTile + threadIdx.x % kTile), outputs - 1);
   const unsigned head = static_cast<unsigned>(output) / static_cast<unsigned>(p.head_dim);
@@ -114,12 +118,12 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kGateWarps)
     tlin_gate_row(const __grid_constant__ GateStep p, float per_width) {
   let_next_start();
-  __shared__ typename NormedProduct<T, 2>::Shared shared;
-  NormedProduct<T, 2> product(shared, {p.gate, p.up}, p.intermediate_size, p.norm, p.x,
-                              p.hidden_size);
+  using Product = NormedProduct<T, 2, kGateWarps, kGateAhead>;
+  __shared__ typename Product::Shared shared;
+  Product product(shared, {p.gate, p.up}, p.intermediate_size, p.norm, p.x, p.hidden_size);
   wait_for_previous();
   product.start();
   const int live = __ldcg(&p.state->live);
@@ -168,7 +172,8 @@ void project_row(const ProjectStep& p, const Launch& how) {
   with_type(p.dtype, [&](auto type) {
     const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
     launch(how, tlin_project_row<typename decltype(type)::type>, "project_row", tiles(outputs),
-           32 * kWarps, 0, p, 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)),
+           32 * kProjectWarps, 0, p,
+           1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)),
            1.0f / static_cast<float>(p.hidden_size));
   });
 }
@@ -176,7 +181,8 @@ void project_row(const ProjectStep& p, const Launch& how) {
 void gate_row(const GateStep& p, const Launch& how) {
   with_type(p.dtype, [&](auto type) {
     launch(how, tlin_gate_row<typename decltype(type)::type>, "gate_row",
-           tiles(p.intermediate_size), 32 * kWarps, 0, p, 1.0f / static_cast<float>(p.hidden_size));
+           tiles(p.intermediate_size), 32 * kGateWarps, 0, p,
+           1.0f / static_cast<float>(p.hidden_size));
   });
 }
 
