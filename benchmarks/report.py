@@ -148,6 +148,21 @@ def cuda_long() -> str:
     )
 
 
+def train_speed() -> str:
+    """Training beside the compiled Transformer."""
+    lines = [
+        "| window | Transformer | TLinFormer | ratio | FLOPs allow |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['shape']} | {r['transformer_tokens_per_second']:,.0f} tokens/s "
+        f"| {r['tlinformer_tokens_per_second']:,.0f} tokens/s | {r['ratio']:.2f} "
+        f"| {r['flops_allow']:.2f} |"
+        for r in load("train_speed")["steps"]
+    ]
+    return "\n".join(lines)
+
+
 def parity() -> str:
     """The shipped model beside the Transformer of equal size."""
     rows = load("prose_8m")["rows"]
@@ -198,4 +213,5 @@ if __name__ == "__main__":
         cuda_hit,
         cuda_slide,
         cuda_long,
+        train_speed,
     )
