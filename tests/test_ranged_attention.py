@@ -226,11 +226,11 @@ def test_shapes_without_a_device(rows_first):
     flat = [number for segment in SEGMENTS for number in segment]
     for leaf in (q, k):
         leaf.requires_grad_()
-    output, part, log_sum_exp = op(q, k, k, None, None, flat, rows_first=rows_first)
-    assert output.shape == part.shape == (2, 4, 168, 36)
+    output, terms, log_sum_exp = op(q, k, k, None, None, flat, rows_first=rows_first)
+    assert output.shape == (2, 4, 168, 36) and terms.shape == (2, 8, 168, 36)
     assert log_sum_exp.shape == (2, 2, 4, 168) and log_sum_exp.dtype == torch.float32
     assert output.transpose(1, 2).is_contiguous() == rows_first
     output.sum().backward()
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
-    _, part, _ = op(q, k, k, None, None, [0, 5, 0, 0, 0])
-    assert part.numel() == 0
+    _, terms, _ = op(q, k, k, None, None, [0, 5, 0, 0, 0])
+    assert terms.numel() == 0

@@ -212,9 +212,9 @@ def _fake_ranged(
         entries = zip(segments[1::5], segments[2::5], segments[4::5], strict=True)
         reads_both = any(n > 0 and window >= 0 and m > 0 for n, window, m in entries)
     output = _like_rows(query, query.shape[1], rows, rows_first)
-    part = _like_rows(query, query.shape[1], rows if reads_both else 0, rows_first)
+    terms = _like_rows(query, 2 * query.shape[1], rows if reads_both else 0, rows_first)
     lines = (2, *query.shape[:2], rows)
-    return output, part, query.new_empty(lines, dtype=torch.float32)
+    return output, terms, query.new_empty(lines, dtype=torch.float32)
 
 
 @torch.library.register_fake("tlinformer::ranged_attention_backward")
@@ -226,7 +226,7 @@ def _fake_ranged_backward(
     context_key,
     context_value,
     output,
-    context_output,
+    terms,
     log_sum_exp,
     segments,
     scale=None,

@@ -148,7 +148,7 @@ STABLE_TORCH_LIBRARY(tlinformer, m) {
       "Tensor? seed=None, bool rows_first=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "ranged_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
-      "Tensor? context_key, Tensor? context_value, Tensor output, Tensor context_output, "
+      "Tensor? context_key, Tensor? context_value, Tensor output, Tensor terms, "
       "Tensor log_sum_exp, int[] segments, float? scale=None, float dropout=0.0, "
       "Tensor? seed=None, bool rows_first=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -61,7 +61,7 @@ ranged_attention_backward_cuda(
     const torch::stable::Tensor& key, const torch::stable::Tensor& value,
     std::optional<torch::stable::Tensor> context_key,
     std::optional<torch::stable::Tensor> context_value, const torch::stable::Tensor& output,
-    const torch::stable::Tensor& context_output, const torch::stable::Tensor& log_sum_exp,
+    const torch::stable::Tensor& terms, const torch::stable::Tensor& log_sum_exp,
     std::vector<int64_t> segments, std::optional<double> scale, double dropout,
     std::optional<torch::stable::Tensor> seed, bool rows_first);
 

@@ -109,27 +109,27 @@ std::tuple<Tensor, Tensor, Tensor> ranged_attention_cuda(
                   rows_first);
   cuda::RangedAttention& a = call.a;
   const Tensor output = call.make(a.query_heads, a.output_rows);
-  const Tensor part = call.make(a.query_heads, call.reads_both() ? a.output_rows : 0);
+  const Tensor terms = call.make(2 * a.query_heads, call.reads_both() ? a.output_rows : 0);
   const Tensor log_sum_exp = torch::stable::new_empty(
       query, {2, a.batch, a.query_heads, a.output_rows}, ScalarType::Float);
   a.output = RangedCall::write(output);
-  if (call.reads_both()) a.context_output = RangedCall::write(part);
+  if (call.reads_both()) a.terms = RangedCall::write(terms);
   a.log_sum_exp = static_cast<float*>(log_sum_exp.mutable_data_ptr());
   cuda::ranged_attention(a, {current_stream(query), false});
-  return {output, part, log_sum_exp};
+  return {output, terms, log_sum_exp};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ranged_attention_backward_cuda(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
     std::optional<Tensor> context_key, std::optional<Tensor> context_value, const Tensor& output,
-    const Tensor& context_output, const Tensor& log_sum_exp, std::vector<int64_t> segments,
+    const Tensor& terms, const Tensor& log_sum_exp, std::vector<int64_t> segments,
     std::optional<double> scale, double dropout, std::optional<Tensor> seed, bool rows_first) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   RangedCall call(query, key, value, context_key, context_value, segments, scale, dropout, seed,
                   rows_first);
   cuda::RangedAttention& a = call.a;
   a.output = call.read(output);
-  if (call.reads_both()) a.context_output = call.read(context_output);
+  if (call.reads_both()) a.terms = call.read(terms);
   a.log_sum_exp = const_cast<float*>(static_cast<const float*>(log_sum_exp.const_data_ptr()));
   const Tensor delta = torch::stable::new_empty(log_sum_exp, log_sum_exp.sizes());
   const Tensor grad_query = call.make(a.query_heads, a.query_rows);

@@ -154,7 +154,7 @@ void test(const Shape& s, unsigned seed) {
   };
   Tensor<T> query = tensor(s.query_heads, s.query_rows),
             output = tensor(s.query_heads, s.output_rows, true);
-  Tensor<T> context = tensor(s.query_heads, s.output_rows),
+  Tensor<T> terms = tensor(2 * s.query_heads, s.output_rows),
             slope = tensor(s.query_heads, s.output_rows);
   Tensor<T> grad_query = tensor(s.query_heads, s.query_rows, true);
   std::vector<Tensor<T>> keys, values, grad_keys, grad_values;
@@ -188,7 +188,7 @@ void test(const Shape& s, unsigned seed) {
   a.scale = s.scale != 0 ? s.scale : static_cast<float>(1 / std::sqrt(s.d));
   a.query = query.at;
   a.output = output.at;
-  a.context_output = context.at;
+  a.terms = terms.at;
   a.segments = s.segments.data();
   a.segment_count = static_cast<int>(s.segments.size());
   a.log_sum_exp = log_sum_exp.data();
@@ -291,7 +291,7 @@ void test_errors() {
   a.head_dim = 40;
   a.query_rows = a.output_rows = 4;
   a.key_rows[0] = a.key_rows[1] = 6;
-  a.query = a.output = a.context_output = rows;
+  a.query = a.output = a.terms = rows;
   for (int g = 0; g < 2; ++g) a.keys[g] = a.values[g] = rows;
   a.segments = &segment;
   a.segment_count = 1;
@@ -311,7 +311,7 @@ void test_errors() {
   fails("output rows from 1", [&](RangedAttention&) { segment.output = 1; });
   fails("window keys from 3", [&](RangedAttention&) { segment.window = 3; });
   fails("6 context keys from 1", [&](RangedAttention&) { segment.context = 1; });
-  fails("a place for the context's output", [](RangedAttention& x) { x.context_output = {}; });
+  fails("a place for the terms", [](RangedAttention& x) { x.terms = {}; });
   fails("dropout is 1", [](RangedAttention& x) { x.dropout = 1; });
   fails("float16", [](RangedAttention& x) { x.dtype = DType::float32; });
 }
@@ -326,7 +326,7 @@ void bench(int heads, int d, int w, int context, float dropout) {
   };
   const auto query = made(rows), k0 = made(rows), v0 = made(rows), slope = made(rows);
   const auto k1 = made(windows * context), v1 = made(windows * context);
-  const auto output = made(rows), part = made(rows), dq = made(rows), dk0 = made(rows);
+  const auto output = made(rows), terms = made(2 * rows), dq = made(rows), dk0 = made(rows);
   const auto dv0 = made(rows), dk1 = made(windows * context), dv1 = made(windows * context);
   const gpu::Array<float> log_sum_exp(2 * rows * heads), delta(2 * rows * heads);
   const gpu::Array<int64_t> seed(std::vector<int64_t>{12345});
@@ -343,7 +343,7 @@ void bench(int heads, int d, int w, int context, float dropout) {
   a.scale = static_cast<float>(1 / std::sqrt(d));
   a.query = at(query, w);
   a.output = at(output, w);
-  a.context_output = at(part, w);
+  a.terms = {terms->data(), int64_t{2} * w * heads * d, d, int64_t{2} * heads * d};
   a.keys[0] = at(k0, w), a.values[0] = at(v0, w);
   a.keys[1] = at(k1, context), a.values[1] = at(v1, context);
   a.segments = &segment;

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kRangedThreads, ranged_blocks(d))
           f(warp.output[r][c][i], saved[((r * kChunks + c) * 4 + i) * kRangedThreads]);
         }
   };
-  const auto write = [&](const HeadTensor& to) {
+  const auto write = [&](const HeadTensor& to, int head) {
     T* first = rows_of<T>(to, batch, head, output_row);
     warp.each_row([&](int r, int h, int i) {
       if (i >= rows) return;
@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(kRangedThreads, ranged_blocks(d))
       });
     }
     if (!(has_window && has_context)) continue;
+    write(a.terms, g * a.query_heads + head);
     if (g == 0) {
       each_value([](float& x, float& kept) { kept = x; });
     } else {
-      write(a.context_output);
       each_value([](float& x, float& kept) { x += kept; });
     }
   }
-  write(a.output);
+  write(a.output, head);
 }
 
 template <class T>
@@ -161,8 +161,8 @@ RangedPlan make_plan(const RangedAttention& a) {
     if (s.window >= 0) require_range("window keys", s.window, s.rows, a.key_rows[0]);
     if (s.context_rows != 0)
       require_range("context keys", s.context, s.context_rows, a.key_rows[1]);
-    require(s.window < 0 || s.context_rows == 0 || a.context_output.data != nullptr,
-            "attention to window and context needs a place for the context's output");
+    require(s.window < 0 || s.context_rows == 0 || a.terms.data != nullptr,
+            "attention to window and context needs a place for the terms of the output");
     plan.segments[plan.call.segment_count++] = s;
   }
   plan.queries_per_key = a.query_heads / a.kv_heads;

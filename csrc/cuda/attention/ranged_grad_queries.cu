@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kRangedThreads, blocks_of(d))
     float delta[2][kSets][2] = {};
     {
       const T* outputs = rows_of<T>(a.output, batch, head, output_row);
-      const T* contexts = rows_of<T>(a.context_output, batch, head, output_row);
+      const T* windows = rows_of<T>(a.terms, batch, head, output_row);
+      const T* contexts = rows_of<T>(a.terms, batch, a.query_heads + head, output_row);
       grad.load(rows_of<T>(p.gradient.output, batch, head, output_row),
                 p.gradient.output.row_stride, begin, end,
                 [&](int r, int h, int row, int column, uint32_t word) {
@@ -60,13 +61,11 @@ __global__ void __launch_bounds__(kRangedThreads, blocks_of(d))
                     const float2 z = unpack<T>(word);
                     return y.x * z.x + y.y * z.y;
                   };
-                  const float whole = times(outputs, a.output.row_stride);
                   if (!has_window || !has_context) {
-                    delta[has_window ? 0 : 1][r][h] += whole;
+                    delta[has_window ? 0 : 1][r][h] += times(outputs, a.output.row_stride);
                   } else {
-                    const float part = times(contexts, a.context_output.row_stride);
-                    delta[0][r][h] += whole - part;
-                    delta[1][r][h] += part;
+                    delta[0][r][h] += times(windows, a.terms.row_stride);
+                    delta[1][r][h] += times(contexts, a.terms.row_stride);
                   }
                 });
     }
