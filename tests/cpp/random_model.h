@@ -11,6 +11,20 @@
 
 namespace tlinformer {
 
+inline Config small_config() {
+  Config c;
+  c.vocab_size = 37;
+  c.hidden_size = 24;
+  c.num_attention_heads = 4;
+  c.num_key_value_heads = 2;
+  c.num_blocks = 3;
+  c.block_depth = 3;
+  c.history_window = 5;
+  c.generation_window = 4;
+  c.intermediate_size = 40;
+  return c;
+}
+
 // Weights of float32 or bfloat16, and their memory.
 struct RandomModel {
   Config config;

@@ -24,20 +24,6 @@ void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
-Config small_config() {
-  Config c;
-  c.vocab_size = 37;
-  c.hidden_size = 24;
-  c.num_attention_heads = 4;
-  c.num_key_value_heads = 2;
-  c.num_blocks = 3;
-  c.block_depth = 3;
-  c.history_window = 5;
-  c.generation_window = 4;
-  c.intermediate_size = 40;
-  return c;
-}
-
 Tokens tokens_of(int64_t length, const Config& config) {
   Tokens tokens;
   for (int64_t i = 0; i < length; ++i)

@@ -55,22 +55,14 @@ int attach(NvtxGetExportTableFunc_t export_table) {
 constexpr bool kTool = false;
 #endif
 
-Config small_config() {
-  Config c;
-  c.vocab_size = 37;
-  c.hidden_size = 24;
-  c.num_attention_heads = 4;
-  c.num_key_value_heads = 2;
+Config two_blocks() {
+  Config c = small_config();
   c.num_blocks = 2;
-  c.block_depth = 3;
-  c.history_window = 5;
-  c.generation_window = 4;
-  c.intermediate_size = 40;
   return c;
 }
 
 void test_ranges() {
-  const RandomModel model(small_config(), DType::float32);
+  const RandomModel model(two_blocks(), DType::float32);
   Owned owned(model, 30, 1, 1);
   seen.clear();
   owned.engine.prefill({Tokens(7, 1)});  // a history of 4, a window of 3
@@ -88,7 +80,7 @@ void test_ranges() {
 }
 
 void test_meter() {
-  const Config c = small_config();
+  const Config c = two_blocks();
   const RandomModel model(c, DType::bfloat16);
   Owned owned(model, 60, 2, 1);
   owned.engine.prefill({Tokens(10, 1), Tokens(17, 2)});

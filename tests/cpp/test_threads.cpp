@@ -10,17 +10,6 @@ using namespace tlinformer;
 
 namespace {
 
-Config small_config() {
-  Config c;
-  c.vocab_size = 67;
-  c.hidden_size = 24;
-  c.num_attention_heads = c.num_key_value_heads = 2;
-  c.history_window = 6;
-  c.generation_window = 5;
-  c.intermediate_size = 40;
-  return c;
-}
-
 struct Result {
   std::vector<Tokens> tokens;
   std::vector<float> logits;
@@ -30,7 +19,7 @@ struct Result {
 Result work(const RandomModel& model, int64_t length, const std::string& path) {
   Owned owned(model, 120, 2, 1);
   Tokens prompt(static_cast<size_t>(length), 3);
-  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<int32_t>(i * i % 67);
+  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<int32_t>(i * i % 37);
   owned.engine.prefill({prompt, {1, 2}});
   SamplingParams sampled;
   sampled.temperature = 0.8;

@@ -57,17 +57,11 @@ struct OnDevice {
   }
 };
 
-Config small_config() {
-  Config c;
-  c.vocab_size = 37;
+Config two_heads() {  // of 36
+  Config c = small_config();
   c.hidden_size = 72;
   c.num_attention_heads = 2;
-  c.num_key_value_heads = 2;
   c.num_blocks = 2;
-  c.block_depth = 3;
-  c.history_window = 5;
-  c.generation_window = 4;
-  c.intermediate_size = 40;
   return c;
 }
 
@@ -245,28 +239,28 @@ int main(int argc, char** argv) {
     bench("D512", product_config(512, 8, 1536), lengths);
     return 0;
   }
-  Config c = small_config();
+  Config c = two_heads();
   test_prefill_and_steps("small", c, 31);
   c.variant = Variant::tconstformer;
   test_prefill_and_steps("tconstformer", c, 31);
-  c = small_config();
+  c = two_heads();
   c.num_blocks = 4;
   c.block_depth = 2;
   test_prefill_and_steps("no hidden layer, 4 blocks", c, 31);
-  c = small_config();
+  c = two_heads();
   c.hidden_size = 256;
   c.num_attention_heads = 8;
   c.num_key_value_heads = 2;
   c.generation_window = 7;
   test_prefill_and_steps("grouped queries, odd windows", c, 60);
-  c = small_config();
+  c = two_heads();
   c.generation_window = 1;
   test_prefill_and_steps("a slide every token", c, 12);
   c = product_config(432, 12, 1280);
   c.vocab_size = 1000;
   test_prefill_and_steps("41M, small vocabulary", c, 700);
-  test_generate(small_config(), 1);
-  test_generate(small_config(), 3);
-  test_state(small_config());
+  test_generate(two_heads(), 1);
+  test_generate(two_heads(), 3);
+  test_state(two_heads());
   std::puts("ok");
 }
