@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -294,11 +295,12 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("generate x --min-p 1.5", "min_p = 1.5; [0, 1]", 2),
     ("generate x --repetition-penalty 0", "repetition_penalty = 0; positive", 2),
     ("generate x --dtype int8", "dtype is int8; float32, bfloat16", 2),
-    ("generate x --threads -1", "num_threads is -1; 4096", 2),
+    ("generate x --threads -1", "--threads is -1; takes 1 to; one a CPU", 2),
     ("generate x --device tpu", "device is 'tpu'; name auto, cpu, cuda", 2),
     ("generate x --device cuda:99", "device is 'cuda:99'; no such GPU", 2),
     ("generate x --model {tmp}/nowhere", "nowhere/config.json is missing; save_pretrained", 2),
     ("generate x --model {model}/config.json", "config.json is a file; name the directory", 2),
+    ("bench {model} --threads 100000", "--threads is 100000; takes 1 to; one a CPU", 2),
     ("generate x --nonsense", "No such option: --nonsense", 2),
     ("generat x", "No such command 'generat'", 2),
     ("eval {model} {tmp}/empty.txt", "empty.txt is empty; name a file with text", 2),
@@ -451,7 +453,8 @@ def test_a_saved_state_answers_other_prompts(
     assert generate(*options, "--max-new-tokens", 20, "--load-state", state)[0] == text
     again = tmp_path / "again.state"
     silent = ("--max-new-tokens", 0, "--load-state", state, "--save-state", again)
-    assert generate(*options, *silent)[0] == "\n"
+    written, summary = generate(*options, *silent)
+    assert written == "" and f"saved {again}" in summary and "generated" not in summary
     assert again.read_bytes() == state.read_bytes()
 
     question = " jumps over"
@@ -480,3 +483,12 @@ def test_a_saved_state_answers_other_prompts(
         given = ("--model", tiny, "--device", "cpu", "--max-new-tokens", 2, *arguments)
         assert main(["generate", *map(str, given)]) == code
         assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", [None, "7"])
+def test_waiting_threads_spin_briefly(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert main(["--version"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == (chosen or "1000")

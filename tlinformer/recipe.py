@@ -109,7 +109,9 @@ def prepare_corpus(config: TrainConfig, progress: Progress | None = None) -> Cor
     elif any(path.endswith(".bin") for path in train_data):
         raise ValueError("train_data is a token file; name the tokenizer that made it")
     elif "vocab_size" not in config.model:
-        raise ValueError("neither tokenizer nor model.vocab_size is given; the size is needed")
+        raise ValueError(
+            "neither tokenizer nor model.vocab_size is given; the size is needed: name either"
+        )
     else:
         task = progress.add_task("training the tokenizer", total=None) if progress else None
         tokenizer = train_tokenizer(train_data, config.model["vocab_size"])

@@ -29,7 +29,10 @@ class TrainConfig:
 
     output: str = setting("run", "Directory of the run.", free=True)
     train_data: tuple[str, ...] = setting(
-        (), "Text to train on: .txt, .txt.xz, .txt.gz files, or one .bin token file.", free=True
+        (),
+        "Text to train on: .txt, .txt.xz, .txt.gz files (repeat the option for each), or one "
+        ".bin token file.",
+        free=True,
     )
     valid_data: tuple[str, ...] = setting(
         (), "Held-out text, likewise; without it there is no early stopping.", free=True

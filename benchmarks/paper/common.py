@@ -51,8 +51,12 @@ def arguments(description: str | None, *, trains: bool = True) -> argparse.Argum
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/paper")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/paper", help="weights go here")
+    # What --smoke leaves must not pass for results, nor its checkpoints for stopped runs.
+    runs, results = ROOT / "runs/paper", ROOT / "benchmarks/results/paper"
+    if "--smoke" in sys.argv:
+        runs, results = ROOT / "runs/smoke", ROOT / "runs/smoke/results"
+    parser.add_argument("--results", type=Path, default=results, help="figures go here")
+    parser.add_argument("--runs", type=Path, default=runs, help="weights go here")
     parser.add_argument("--only", nargs="+", help="runs to do, by id; finished ones are skipped")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="tiny models, seconds on a CPU")

@@ -109,7 +109,8 @@ struct Engine::Impl {
       const int64_t length = static_cast<int64_t>(prompts[i].size());
       require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
       require(length <= options.max_context, "prompt ", i, " has ", length,
-              " tokens; this engine was planned for max_context = ", options.max_context);
+              " tokens; this engine was planned for max_context = ", options.max_context,
+              "; create it with a larger one");
       check_tokens(prompts[i], "prompt ", i);
     }
     forget();

@@ -108,7 +108,7 @@ StateHeader SavedState::check_header() {
   require_same(header.info.config, holder_.config);
   const DType own = holder_.plan.options().dtype;
   require(header.info.dtype == own, "it was saved in ", name_of(header.info.dtype),
-          "; this engine computes in ", name_of(own));
+          "; this engine computes in ", name_of(own), ": create it with the state's dtype");
   require(header.fingerprint == holder_.fingerprint,
           "it was saved by a model with other weights (fingerprint ", header.fingerprint,
           "; this engine's have ", holder_.fingerprint, ")");
@@ -130,7 +130,8 @@ void SavedState::check_room(const std::vector<int64_t>& saved) const {
             count, ", from 0 on");
     const int64_t length = saved[static_cast<size_t>(sequence)];
     require(length <= options.max_context, "its sequence ", sequence, " has ", length,
-            " tokens; this engine was planned for max_context = ", options.max_context);
+            " tokens; this engine was planned for max_context = ", options.max_context,
+            "; create it with a larger one");
   }
 }
 

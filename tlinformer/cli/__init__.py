@@ -20,6 +20,9 @@ def complain(message: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    # GNU OpenMP reads this when torch loads it. By default a thread that waits spins for
+    # milliseconds, and on a busy machine takes them from the thread that it waits for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]  # welcome at any place

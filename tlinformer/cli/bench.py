@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .inputs import pick_device
+from .inputs import check_threads, pick_device
 from .plan import parse_tokens
 
 
@@ -50,6 +50,7 @@ def bench_command(
     from ..model import TLinFormerForCausalLM
     from ..roofline import compare, measure_ceilings, run
 
+    check_threads(threads)
     loaded = TLinFormerForCausalLM.from_pretrained(model)
     window, kind = loaded.config.generation_window, None if dtype == "auto" else dtype
     tokens = min(100, window - 1) if tokens is None else tokens

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..terminal import format_bytes
-from .inputs import file_errors, pick_device, read_prompt
+from .inputs import check_threads, file_errors, pick_device, read_prompt
 
 ECHO = 300  # characters of the prompt's end shown before its continuation
 LONG = 0.5  # seconds after which a slide shows its progress
@@ -95,6 +95,7 @@ def generate_command(
     least = 0 if save_state else 1
     if max_new_tokens < least:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be at least {least}")
+    check_threads(threads)
     saved = 0
     if load_state:
         with file_errors():
@@ -140,6 +141,8 @@ def generate_command(
     if save_state:
         with file_errors():
             engine.save_state(save_state)
+        if not as_json:
+            console.print(f"saved {save_state}", style="dim", markup=False)
     stream = _TextStream(tokenizer, None if as_json else sys.stdout, console)
     stream.echo(text)
     began, interrupted = time.perf_counter(), False
@@ -214,7 +217,8 @@ class _TextStream:
     def close(self) -> None:
         self._note("")
         self._flush(at_most=0)
-        self._write("\n")
+        if self.tokens:
+            self._write("\n")
 
 
 def _read(engine: Any, ids: Any, state: Path | None, console: Console) -> float:
@@ -285,6 +289,8 @@ def _print_summary(s: dict[str, Any], console: Console) -> None:
         "memory": f"{format_bytes(s['cache_bytes'])} of keys and values; a Transformer's: "
         f"{format_bytes(s['standard_transformer_cache_bytes'])} ({ratio:.1f}x)",
     }
+    if not s["new_tokens"]:
+        del lines["generated"]
     console.print()
     for name, value in lines.items():
         console.print(f"  {name:<9}  {value}", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,13 @@ def pick_device(device: str, config: Any, dtype: str | None) -> Any:
         except ValueError:
             device = "cpu"
     return resolve_device(device)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises ValueError for --threads that this machine has no CPUs for."""
+    cpus = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cpus:
+        raise ValueError(f"--threads is {threads}; this machine takes 1 to {cpus}, one a CPU")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

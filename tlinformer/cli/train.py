@@ -17,8 +17,8 @@ from ..settings import TrainConfig
 
 MODEL_HELP = {
     "vocab_size": "Vocabulary V (default: the tokenizer's).",
-    "hidden_size": "Width D.",
-    "num_attention_heads": "Query heads Hq.",
+    "hidden_size": "Width D; required.",
+    "num_attention_heads": "Query heads Hq; required.",
     "num_key_value_heads": "Key/value heads Hkv (default: as many as query heads).",
     "num_blocks": "Stacked blocks nb.",
     "block_depth": "Layers inside a block, P >= 2.",
