@@ -108,6 +108,12 @@ def cpu_memory() -> str:
     )
 
 
+def version(name: str) -> str:
+    """Which version a table is of: the code may have changed since."""
+    of = load(name)["environment"]
+    return f"\n\nMeasured on {of['date']}, commit {of['commit']}."
+
+
 def cuda_hit() -> str:
     """A greedy token on the GPU beside the time its bytes take."""
     rows = [r for r in load("cuda_hit")["hits"] if r["tokens"] == "greedy"]
@@ -120,7 +126,7 @@ def cuda_hit() -> str:
         f"| {r['limit_milliseconds']:.3f} ms |"
         for r in rows
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + version("cuda_hit")
 
 
 def cuda_slide() -> str:
@@ -131,7 +137,7 @@ def cuda_slide() -> str:
         f"| {r['slide_milliseconds']:.2f} ms |"
         for r in load("cuda_slide")["slides"]
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + version("cuda_slide")
 
 
 def cuda_long() -> str:
@@ -145,7 +151,7 @@ def cuda_long() -> str:
         f"| most device memory | {r['peak_gib']:.1f} GiB |\n"
         f"| the same at {m['prompt']:,} tokens, over cache + weights "
         f"| {m['peak_over_cache_and_weights']:.2f}x |"
-    )
+    ) + version("cuda_long")
 
 
 def train_speed() -> str:
@@ -160,7 +166,7 @@ def train_speed() -> str:
         f"| {r['flops_allow']:.2f} |"
         for r in load("train_speed")["steps"]
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + version("train_speed")
 
 
 def parity() -> str:
