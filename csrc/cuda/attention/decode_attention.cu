@@ -5,6 +5,7 @@
 #include "decode_attention.h"
 #include "decode_plan.cuh"
 #include "decode_rows.cuh"
+#include "history_attention.cuh"
 #include "row_copy.cuh"
 #include "window_attention.cuh"
 
@@ -330,18 +331,31 @@ void launch_decode_attention(const DecodeAttention& a, uint32_t* arrivals, float
          dim3(kDecodeThreads), shared, a, a.kv_heads * passes_of_head(a), arrivals, partials);
 }
 
+// Where things lie in the scratch.
+struct Scratch {
+  uint32_t* arrivals;
+  float* partials;
+  void* history;
+};
+
+template <class T, int D, int H>
+void decode_attention_with(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
+  const HistoryParts parts = history_parts<T, D, H>(a);
+  if (parts.parts > 0) return launch_history_attention<T, D, H>(a, parts, scratch.history, how);
+  launch_decode_attention<T, D, H>(a, scratch.arrivals, scratch.partials, how);
+}
+
 // Of at most kMostSequences.
 template <class T>
-void decode_attention_of(const DecodeAttention& a, uint32_t* arrivals, float* partials,
-                         const Launch& how) {
+void decode_attention_of(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
   const bool grouped = a.query_heads > a.kv_heads;
   switch (a.head_dim) {
-#define TLINFORMER_CASE(D)                                                             \
-  case D:                                                                              \
-    if (const int blocks = window_attention_blocks<D>(a))                              \
-      return launch_window_attention<T, D>(a, blocks, how);                            \
-    if (!grouped) return launch_decode_attention<T, D, 1>(a, arrivals, partials, how); \
-    return launch_decode_attention<T, D, heads_of_pass(D, true)>(a, arrivals, partials, how);
+#define TLINFORMER_CASE(D)                                                \
+  case D:                                                                 \
+    if (const int blocks = window_attention_blocks<D>(a))                 \
+      return launch_window_attention<T, D>(a, blocks, how);               \
+    if (!grouped) return decode_attention_with<T, D, 1>(a, scratch, how); \
+    return decode_attention_with<T, D, heads_of_pass(D, true)>(a, scratch, how);
     TLINFORMER_HEAD_SIZES(TLINFORMER_CASE)
 #undef TLINFORMER_CASE
     default:
@@ -370,23 +384,30 @@ int64_t arrivals_bytes(int batch, int query_heads) {
   return (int64_t{std::min(batch, kMostSequences)} * query_heads * 4 + 15) / 16 * 16;
 }
 
-}  // namespace
-
-int64_t decode_attention_scratch(int batch, int query_heads, int head_dim) {
+int64_t partials_bytes(int batch, int query_heads, int head_dim) {
   // The heads of all passes, those that fill a pass up included, are at most twice the query heads.
   const int64_t partials = multiprocessors() * heads_of_pass(head_dim, true) +
                            2 * int64_t{std::min(batch, kMostSequences)} * (2 * query_heads);
-  return arrivals_bytes(batch, query_heads) + partials * (head_dim + kPartialExtra) * 4;
+  return (partials * (head_dim + kPartialExtra) * 4 + 15) / 16 * 16;
+}
+
+}  // namespace
+
+int64_t decode_attention_scratch(int batch, int query_heads, int head_dim) {
+  const int64_t records =
+      int64_t{multiprocessors()} * heads_of_pass(head_dim, true) * (head_dim + 2) * 8;
+  return arrivals_bytes(batch, query_heads) + partials_bytes(batch, query_heads, head_dim) +
+         (batch == 1 ? history_launches_bytes(query_heads) + records : 0);
 }
 
 void decode_attention(const DecodeAttention& a, const Launch& how) {
   require(a.kv_heads > 0 && a.query_heads % a.kv_heads == 0, "decode attention: ", a.query_heads,
           " query heads are no multiple of ", a.kv_heads, " key/value heads");
   require(a.most_rows < int64_t{1} << 31, "decode attention: ", a.most_rows, " rows of a head");
-  char* const scratch = static_cast<char*>(a.scratch);
-  uint32_t* const arrivals = reinterpret_cast<uint32_t*>(scratch);
-  float* const partials =
-      reinterpret_cast<float*>(scratch + arrivals_bytes(a.batch, a.query_heads));
+  char* const arrivals = static_cast<char*>(a.scratch);
+  char* const partials = arrivals + arrivals_bytes(a.batch, a.query_heads);
+  const Scratch scratch{reinterpret_cast<uint32_t*>(arrivals), reinterpret_cast<float*>(partials),
+                        partials + partials_bytes(a.batch, a.query_heads, a.head_dim)};
   for (int first = 0; first < a.batch; first += kMostSequences) {
     DecodeAttention part = a;
     part.batch = std::min(a.batch - first, kMostSequences);
@@ -401,7 +422,7 @@ void decode_attention(const DecodeAttention& a, const Launch& how) {
       rows->values = static_cast<const char*>(rows->values) + bytes;
     }
     with_type(a.dtype, [&](auto tag) {
-      decode_attention_of<typename decltype(tag)::type>(part, arrivals, partials, how);
+      decode_attention_of<typename decltype(tag)::type>(part, scratch, how);
     });
   }
 }
