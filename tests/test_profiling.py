@@ -31,9 +31,10 @@ def test_torchs_profiler_names_the_calls(place: Place, tmp_path: Path) -> None:
         engine.generate(2)
         engine.save_state(tmp_path / "state")
         engine.load_state(tmp_path / "state")
-    named = [e.name for e in profiler.events() if e.name.startswith("tlinformer::")]
+    names = {e.name for e in profiler.events() if e.name.startswith("tlinformer::")}
+    named = [name for name in names if "(" not in name]  # kernels have their parameters
     calls = ("prefill", "step", "generate", "save_state", "load_state")
-    assert sorted(set(named)) == sorted(f"tlinformer::{call}" for call in calls)
+    assert sorted(named) == sorted(f"tlinformer::{call}" for call in calls)
 
 
 @pytest.fixture(scope="module")

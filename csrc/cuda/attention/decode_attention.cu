@@ -321,13 +321,29 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
 }
 
+// A block fills a multiprocessor. The memory is busy without a few of them, which are left to
+// blocks of the kernels before and after where those take a good part of the time.
+constexpr int kSpareMultiprocessors = 16;
+constexpr int64_t kManyBytes = int64_t{512} << 20;
+
+int blocks_for(const DecodeAttention& a) {
+  const int all = multiprocessors();
+  if (a.blocks > 0) return std::min(a.blocks, all);
+  const int64_t rows = int64_t{a.batch} * a.kv_heads * passes_of_head(a) * a.most_rows;
+  const bool spare = all > 4 * kSpareMultiprocessors && rows * a.head_dim * 4 < kManyBytes;
+  const int most = spare ? all - kSpareMultiprocessors : all;
+  if (a.most_rows == 0) return most;
+  const int tile = rows_of_tile(a.head_dim);
+  return static_cast<int>(std::min<int64_t>(most, (rows + tile - 1) / tile));
+}
+
 template <class T, int D, int H>
 void launch_decode_attention(const DecodeAttention& a, uint32_t* arrivals, float* partials,
                              const Launch& how) {
   using Layout = RowLayout<D, H>;
   const size_t shared =
       kDecodeWarps * Layout::kStages * 2 * Layout::kTileBytes + a.batch * sizeof(SequenceRows);
-  launch(how, tlin_decode_attention<T, D, H>, "decode attention", dim3(a.blocks),
+  launch(how, tlin_decode_attention<T, D, H>, "decode attention", dim3(blocks_for(a)),
          dim3(kDecodeThreads), shared, a, a.kv_heads * passes_of_head(a), arrivals, partials);
 }
 
@@ -363,22 +379,6 @@ void decode_attention_of(const DecodeAttention& a, const Scratch& scratch, const
   }
 }
 
-// A block fills a multiprocessor. The memory is busy without a few of them, which are left to
-// blocks of the kernels before and after where those take a good part of the time.
-constexpr int kSpareMultiprocessors = 16;
-constexpr int64_t kManyBytes = int64_t{512} << 20;
-
-int blocks_for(const DecodeAttention& a) {
-  const int all = multiprocessors();
-  if (a.blocks > 0) return std::min(a.blocks, all);
-  const int64_t rows = int64_t{a.batch} * a.kv_heads * passes_of_head(a) * a.most_rows;
-  const bool spare = all > 4 * kSpareMultiprocessors && rows * a.head_dim * 4 < kManyBytes;
-  const int most = spare ? all - kSpareMultiprocessors : all;
-  if (a.most_rows == 0) return most;
-  const int tile = rows_of_tile(a.head_dim);
-  return static_cast<int>(std::min<int64_t>(most, (rows + tile - 1) / tile));
-}
-
 // Passes are never more than query heads.
 int64_t arrivals_bytes(int batch, int query_heads) {
   return (int64_t{std::min(batch, kMostSequences)} * query_heads * 4 + 15) / 16 * 16;
@@ -411,7 +411,6 @@ void decode_attention(const DecodeAttention& a, const Launch& how) {
   for (int first = 0; first < a.batch; first += kMostSequences) {
     DecodeAttention part = a;
     part.batch = std::min(a.batch - first, kMostSequences);
-    part.blocks = blocks_for(part);
     part.state += first;
     const int64_t skipped = int64_t{first} * a.query_heads * a.head_dim;
     part.query += skipped;
