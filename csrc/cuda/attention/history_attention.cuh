@@ -16,12 +16,14 @@ namespace tlinformer::cuda {
 template <int D, int H>
 constexpr int kRecordWords = H * (D + 2);
 
-// A pass is one reading of a key/value head's rows, for H of its query heads.
+// A pass is one reading of a key/value head's rows, for H of its query heads. Blocks: (part, pass
+// of the head, head).
 struct HistoryParts {
-  int passes, passes_each;  // of all key/value heads, and of one
-  int parts;                // blocks of a pass
-  uint32_t step;            // 2^32 / parts
-  int window_units;         // of 16 rows, counted as if the window was full
+  int parts;         // blocks of a pass
+  uint32_t step;     // 2^32 / parts
+  int window_units;  // of 16 rows, counted as if the window was full
+  int heads;         // query heads of a key/value head
+  int passes;        // of a key/value head
 };
 constexpr int kUnit = 16;  // rows: whole lines of 128 bytes, also of 72 bytes each
 
@@ -38,7 +40,7 @@ struct HistoryPlaces {
 };
 
 // The scratch holds how often each pass was launched, then a record a block.
-inline int64_t history_launches_bytes(int query_heads) {  // passes are never more
+inline int64_t history_launches_bytes(int query_heads) {  // passes are never more than query heads
   return (int64_t{query_heads} * 4 + 15) / 16 * 16;
 }
 
@@ -60,29 +62,33 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   Softmax* const softmaxes = reinterpret_cast<Softmax*>(memory + Places::kRing);
   let_next_start();
 
-  // Of the context, before the previous kernel ends: nothing of it changes within a token.
-  const int pass = blockIdx.x / p.parts, part = blockIdx.x - pass * p.parts;
-  const bool merges = part == 0;
-  const int64_t* const lengths = &a.state->history;
-  const int history = static_cast<int>(__ldcg(lengths));
+  // Of the context, before the previous kernel ends: nothing of it changes within a token. Up to
+  // the first copy few instructions: their code comes from memory, too.
+  const int part = blockIdx.x, head = blockIdx.z;
+  const int history = static_cast<int>(__ldcg(&a.state->history));
   const int context =
       a.context_rows == ContextRows::history ? history : __ldcg(&a.state->compressed);
   if (lane < kStages) prepare_copies(&arrived[warp][lane]);
   __syncwarp();
   const unsigned units = p.window_units + (context + kUnit - 1) / kUnit;
-  const auto bound = [&](unsigned i) {
-    const unsigned unit = static_cast<int>(i) == p.parts ? units : __umulhi(units, i * p.step);
-    return min(max(static_cast<int>(unit) - p.window_units, 0) * kUnit, context);
-  };
-  const int begin = bound(part) + warp * kTile, end = bound(part + 1);
-  const int64_t head = pass / p.passes_each * a.context.head_stride + int64_t{begin} * D;
-  const T* keys = static_cast<const T*>(a.context.keys) + head;
-  const T* values = static_cast<const T*>(a.context.values) + head;
+  const int first_unit = static_cast<int>(__umulhi(units, part * p.step)) - p.window_units;
+  const int end_unit =
+      static_cast<int>(part + 1 == p.parts ? units : __umulhi(units, (part + 1) * p.step)) -
+      p.window_units;
+  const int begin = max(first_unit, 0) * kUnit + warp * kTile;
+  const int end = min(max(end_unit, 0) * kUnit, context);
+  const int64_t first = head * a.context.head_stride + int64_t{begin} * D;
+  const T* keys = static_cast<const T*>(a.context.keys) + first;
+  const T* values = static_cast<const T*>(a.context.values) + first;
   int stage = 0;  // of the next copy, and of the next tile to read
   const auto copy = [&](const T* from_keys, const T* from_values, int rows) {
     char* const to = ring + stage * Places::kStage;
-    copy_tile(to, from_keys, to + Layout::kTileBytes, from_values,
-              (rows * Layout::kRowBytes + 15) / 16 * 16, &arrived[warp][stage], lane);
+    const int bytes = (rows * Layout::kRowBytes + 15) / 16 * 16;
+    const uint32_t barrier = shared_address(&arrived[warp][stage]);
+    expect_copies(2 * bytes, &arrived[warp][stage], lane);
+    if (lane > 0) return;
+    copy_bulk_once(to, from_keys, bytes, barrier);
+    copy_bulk_once(to + Layout::kTileBytes, from_values, bytes, barrier);
   };
   int next = begin;  // row of the context to fetch
   const auto copy_context = [&] {
@@ -106,10 +112,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 
   wait_for_previous();
   order_copies_after_stores();
-  const int heads = a.query_heads / a.kv_heads;
-  const int first_head = pass / p.passes_each * heads + pass % p.passes_each * H;
+  const bool merges = part == 0;
+  const int pass = head * p.passes + blockIdx.y;
+  const int heads = min(p.heads - static_cast<int>(blockIdx.y) * H, H);
+  const int first_head = head * p.heads + blockIdx.y * H;
   LaneRows<T, D, H> mine;
-  mine.load_queries(a.query + first_head * D, heads - pass % p.passes_each * H, lane);
+  mine.load_queries(a.query + first_head * D, heads, lane);
   const uint32_t launched = __ldcg(launches + pass) + 1;
   const bool live = __ldcg(&a.state->live) != 0;
   // The window, by the block that merges.
@@ -123,8 +131,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     if (next < end) {
       copy_context();
     } else if (window_next < window) {
-      const int64_t at = pass / p.passes_each * a.window.head_stride +
-                         int64_t{first_row + window_next - shift} * D;
+      const int64_t at = head * a.window.head_stride + int64_t{first_row + window_next - shift} * D;
       copy(static_cast<const T*>(a.window.keys) + at, static_cast<const T*>(a.window.values) + at,
            shift + min(kTile, window - window_next));
       window_next += kStep;
@@ -183,7 +190,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       put(h, e, output, top, sum);
     }
   };
-  uint2* const to = records + int64_t{blockIdx.x} * kWords;
+  uint2* const to = records + (int64_t{pass} * p.parts + part) * kWords;
   if (!merges) {
     const auto store = [&](int at, float x) {
       asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to + at),
@@ -236,7 +243,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 #pragma unroll 1
   for (int i = threadIdx.x; i < H * D; i += kDecodeThreads) {
     const int h = i / D, e = i % D;
-    if (pass % p.passes_each * H + h >= heads) continue;
+    if (h >= heads) continue;
     const float* const head_records = gathered + h * (D + 2);
     float top = kMinusInfinity, sum = 0, total = 0;
 #pragma unroll 8
@@ -258,9 +265,9 @@ template <class T, int D, int H>
 void launch_history_attention(const DecodeAttention& a, const HistoryParts& p, void* scratch,
                               const Launch& how) {
   using Places = HistoryPlaces<D, H>;
-  launch(how, tlin_history_attention<T, D, H>, "history attention", dim3(p.passes * p.parts),
-         dim3(kDecodeThreads), Places::kRing + Places::kSoftmaxes, a, p,
-         static_cast<uint32_t*>(scratch),
+  launch(how, tlin_history_attention<T, D, H>, "history attention",
+         dim3(p.parts, p.passes, a.kv_heads), dim3(kDecodeThreads),
+         Places::kRing + Places::kSoftmaxes, a, p, static_cast<uint32_t*>(scratch),
          reinterpret_cast<uint2*>(static_cast<char*>(scratch) +
                                   history_launches_bytes(a.query_heads)));
 }
@@ -273,14 +280,15 @@ HistoryParts history_parts(const DecodeAttention& a) {
       a.context_rows == ContextRows::none || !compiled_for(tlin_history_attention<T, D, H>, 90)) {
     return p;
   }
-  p.passes_each = (a.query_heads / a.kv_heads + H - 1) / H;
-  p.passes = a.kv_heads * p.passes_each;
+  p.heads = a.query_heads / a.kv_heads;
+  p.passes = (p.heads + H - 1) / H;
   p.window_units = (a.most_window_rows + kUnit - 1) / kUnit;
-  p.parts = std::min(multiprocessors() / p.passes, HistoryPlaces<D, H>::kMostParts);
+  const int passes = a.kv_heads * p.passes;
+  p.parts = std::min(multiprocessors() / passes, HistoryPlaces<D, H>::kMostParts);
   if (a.most_rows > 0) {
     constexpr int kLeast = kDecodeWarps * RowLayout<D, H>::kTile;
     p.parts = static_cast<int>(std::min<int64_t>(p.parts, (a.most_rows + kLeast - 1) / kLeast));
-  } else if (p.parts * p.passes < multiprocessors() * 4 / 5) {
+  } else if (p.parts * passes < multiprocessors() * 4 / 5) {
     p.parts = 0;
   }
   if (p.parts > 0) p.step = static_cast<uint32_t>((uint64_t{1} << 32) / p.parts);

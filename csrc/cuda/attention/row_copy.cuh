@@ -38,6 +38,20 @@ __device__ inline void copy_bulk(void* to, const void* from, int bytes, uint32_t
 #endif
 }
 
+// The same, for what is too much to stay in the L2 cache until it is read again: it leaves first,
+// so that weights and code stay.
+__device__ inline void copy_bulk_once(void* to, const void* from, int bytes, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+#endif
+}
+
 // By all lanes, converged: announces `bytes` of copies by this warp, which follow.
 __device__ inline void expect_copies(uint32_t bytes, uint64_t* arrived, int lane) {
 #if __CUDA_ARCH__ >= 900

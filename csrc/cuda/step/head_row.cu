@@ -29,18 +29,6 @@ struct Places {
   }
 };
 
-#if __CUDA_ARCH__ >= 900
-__device__ void copy_once(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  uint64_t policy;  // too many to stay in L2 until the next token, they leave it first
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
-#endif
-
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps)
     tlin_head_row(const __grid_constant__ HeadStep p, const __grid_constant__ Places places,
@@ -70,8 +58,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     expect_copies(kTile * bytes, &arrived[warp][stage], lane);
     if (lane < kTile) {
       const int64_t row = min(next * kTile + lane, vocab - 1);  // the last again: nobody stores it
-      copy_once(shared_address(stages + stage * places.stage + lane * places.pitch),
-                static_cast<const T*>(p.embed) + row * width + column, bytes, barrier);
+      copy_bulk_once(stages + stage * places.stage + lane * places.pitch,
+                     static_cast<const T*>(p.embed) + row * width + column, bytes, barrier);
     }
     column += places.columns;
     if (column >= width) column = 0, next += step;
