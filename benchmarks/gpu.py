@@ -6,6 +6,7 @@
     python benchmarks/gpu.py long   --json benchmarks/results/cuda_long.json
     python benchmarks/gpu.py memory --json benchmarks/results/cuda_memory.json
     python benchmarks/gpu.py trace  --json benchmarks/results/cuda_trace.json
+    python benchmarks/gpu.py trace  --of prefill
     python benchmarks/gpu.py state  --json benchmarks/results/cuda_state.json
 
 hit     the time of a token between two slides, beside the time its bytes take at --bandwidth
@@ -13,7 +14,8 @@ slide   the time of a prefill, and of the token that slides
 batch   tokens a second of several sequences at once
 long    a prompt of 10 million tokens, then 1000 more
 memory  the most device memory taken, beside weights and cache
-trace   what the host and the device do between two slides: launches, copies, waits, kernels
+trace   what the host and the device do between two slides, or in a prefill or a slide: launches,
+        copies, waits, kernels
 state   the file of a long text's state: its size, and how long it takes to write and read
 
 Weights and prompts are random, in bfloat16. Times are medians; a call that is timed ends when its
@@ -248,41 +250,69 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def trace(args: argparse.Namespace) -> dict[str, Any]:
-    """Counts of the runtime's calls and of kernels, from CUPTI."""
+    """Counts and times of the runtime's calls and of kernels, from CUPTI."""
+    runs = [_trace(args, history) for history in args.histories]
+    return runs[0] if len(runs) == 1 else {"traces": runs}
+
+
+def _trace(args: argparse.Namespace, history: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     model = make_model(args.models[0])
-    history = args.histories[0]
+    window = model.config.generation_window
+    ids = make_ids(model, 1, history + (args.of == "tokens"))
     engine = Engine(model, max_context=history + args.tokens + 64)
-    engine.prefill(make_ids(model, 1, history + 1))
-    engine.generate(8, SAMPLED)
-    slides = engine.stats.slides
+    work: dict[str, Callable[[], Any]] = {
+        "tokens": lambda: engine.generate(args.tokens, SAMPLED),
+        "prefill": lambda: engine.prefill(ids),
+        "slide": lambda: engine.step(torch.tensor([1])),
+    }
+    for _ in range(2):  # the first time, things are made
+        engine.prefill(ids)
+        if args.of == "tokens":
+            engine.generate(8, SAMPLED)
+    if args.of == "slide":
+        assert history % window == 0, f"{history} tokens are no multiple of {window}: no slide"
+    slides, tokens = engine.stats.slides, args.tokens if args.of == "tokens" else 1
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        engine.generate(args.tokens, SAMPLED)
-    assert engine.stats.slides == slides, "more tokens than a window holds"
-    calls: collections.Counter[str] = collections.Counter()
+        work[args.of]()
+        torch.cuda.synchronize()
+    slid = engine.stats.slides - slides
+    assert slid == (args.of != "tokens"), "more tokens than a window holds"
+    calls: dict[str, list[float]] = collections.defaultdict(list)
     kernels: dict[str, list[float]] = collections.defaultdict(list)
+    spans: list[tuple[float, float]] = []
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name].append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
         elif event.name.startswith("cu"):
-            calls[event.name] += 1
+            calls[event.name].append(event.time_range.elapsed_us())
+    busy, end = 0.0, min(start for start, _ in spans)
+    for start, stop in sorted(spans):  # two streams may work at once
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
     by_time = sorted(kernels.items(), key=lambda item: -sum(item[1]))
     return {
         "model": args.models[0],
         "history": history,
-        "tokens": args.tokens,
+        "of": args.of,
+        "tokens": tokens,
+        "device_microseconds": end - min(start for start, _ in spans),
+        "device_busy_microseconds": busy,
         "host_calls": [
-            {"call": call, "count": n, "a_token": n / args.tokens} for call, n in calls.items()
+            {"call": call, "count": len(times), "a_token": len(times) / tokens, "us": sum(times)}
+            for call, times in calls.items()
         ],
         "device_work": [
             {
                 "name": name.replace("(anonymous namespace)::", "")
                 .split("(")[0]
                 .removeprefix("void ")[:70],
-                "a_token": len(times) / args.tokens,
+                "a_token": len(times) / tokens,
                 "microseconds": statistics.median(times),
-                "microseconds_a_token": sum(times) / args.tokens,
+                "microseconds_a_token": sum(times) / tokens,
             }
             for name, times in by_time
         ],
@@ -335,6 +365,7 @@ HISTORIES = {
     "batch": [2**10, 2**15],
     "trace": [2**14],
 }
+TRACED = ["tokens", "prefill", "slide"]
 PROMPTS = {"long": 10_000_000, "memory": 2**20, "state": 2**20}
 
 
@@ -349,6 +380,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens of one timed call")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--of", choices=TRACED, default="tokens", help="what to trace")
     parser.add_argument("--prompt", type=int, help="tokens read by long, memory and state")
     parser.add_argument("--generated", type=int, default=1000, help="tokens generated by long")
     parser.add_argument(
