@@ -22,6 +22,7 @@ ManyRows::ManyRows(const Model& model, const Workspace& workspace, int lane, cha
       dense_(model.dtype, base + workspace.lanes[lane].dense, Dense::workspace_bytes()) {
   if (lane == 0) widen_biases();
   prepare();
+  if (lane == 0 && w_.tabled) project_vocabulary();
 }
 
 void ManyRows::widen_biases() {
@@ -30,6 +31,25 @@ void ManyRows::widen_biases() {
   for (const LayerWeights& layer : m_.weights.layers) {
     widen(m_.dtype, layer.out_proj_bias, to, m_.c.hidden_size, how_);
     to += m_.c.hidden_size;
+  }
+}
+
+// Block 0's first queries, keys and values depend on the token alone, but for their rotation.
+void ManyRows::project_vocabulary() {
+  const LayerWeights& layer = m_.weights.layers.front();
+  const int64_t vocab = m_.c.vocab_size, d = m_.c.hidden_size, columns = line_columns();
+  const Norm attention_norm = m_.norm(layer.attn_norm_weight, layer.attn_norm_bias);
+  for (int64_t first = 0; first < vocab; first += lane_.rows) {
+    NormRows n;
+    n.dtype = m_.dtype;
+    n.rows = std::min(lane_.rows, vocab - first);
+    n.hidden_size = m_.hidden();
+    n.embed = static_cast<const char*>(m_.weights.embed_tokens) + first * d * m_.element();
+    n.norm = &attention_norm;
+    n.normed = base_ + lane_.normed;
+    norm_rows(n, how_);
+    dense_.product(n.normed, n.rows, layer.qkv_proj_weight, layer.qkv_proj_bias, columns, d,
+                   base_ + w_.table + first * columns * m_.element(), columns, how_);
   }
 }
 
@@ -98,31 +118,33 @@ const float* ManyRows::run(const Stage& stage, const Span& span) {
   return x_ + (rows_ - 1) * m_.c.hidden_size;
 }
 
-void ManyRows::norm(const Norm& norm) {
+// x <- the embedded tokens, if it does not hold its rows yet; with a norm, normed <- norm(x).
+void ManyRows::norm(const Norm* norm) {
   NormRows n;
   n.dtype = m_.dtype;
   n.rows = rows_;
   n.hidden_size = m_.hidden();
   n.tokens = tokens_;
-  n.embed = m_.weights.embed_tokens;
+  n.embed = tokens_ != nullptr ? m_.weights.embed_tokens : nullptr;
   n.x = x_;
-  n.norm = &norm;
+  n.norm = norm;
   n.normed = base_ + lane_.normed;
   norm_rows(n, how_);
   tokens_ = nullptr;
 }
 
 void ManyRows::project(const Verb& verb, const Span& span) {
-  const LayerWeights& layer = m_.layer(verb);
-  norm(m_.norm(layer.attn_norm_weight, layer.attn_norm_bias));
-  const int64_t dq = m_.c.query_dim(), inputs = m_.c.hidden_size;
-  const int64_t begin = verb.queries ? 0 : dq;
-  const int64_t columns = (verb.keys_values ? dq + 2 * m_.c.kv_dim() : dq) - begin;
-  dense_.product(base_ + lane_.normed, padded_,
-                 static_cast<const char*>(layer.qkv_proj_weight) + begin * inputs * m_.element(),
-                 static_cast<const char*>(layer.qkv_proj_bias) + begin * m_.element(), columns,
-                 inputs, base_ + lane_.wide, columns, how_);
+  const int64_t first = verb.queries ? 0 : m_.c.query_dim();  // column
   RotateRows r;
+  if (w_.tabled && tokens_ != nullptr) {
+    r.lines = base_ + w_.table + first * m_.element();
+    r.line_stride = line_columns();
+    r.tokens = tokens_;
+    if (verb.queries) norm(nullptr);  // without queries nothing follows that reads x
+  } else {
+    r.lines = base_ + lane_.wide;
+    r.line_stride = product_of_x(verb, first);
+  }
   r.dtype = m_.dtype;
   r.rows = rows_;
   r.begin = span.begin;
@@ -130,7 +152,6 @@ void ManyRows::project(const Verb& verb, const Span& span) {
   r.kv_heads = m_.kv_heads();
   r.head_dim = m_.head_dim();
   r.rope = m_.rope;
-  r.lines = base_ + lane_.wide;
   if (verb.queries) r.query = base_ + lane_.query;
   if (verb.keys_values) {
     const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
@@ -143,6 +164,20 @@ void ManyRows::project(const Verb& verb, const Span& span) {
     r.slot = span.begin - slots.base;
   }
   rotate_rows(r, how_);
+}
+
+// Makes a projection's lines from its column `first` on; returns how many columns they have.
+int64_t ManyRows::product_of_x(const Verb& verb, int64_t first) {
+  const LayerWeights& layer = m_.layer(verb);
+  const Norm attention_norm = m_.norm(layer.attn_norm_weight, layer.attn_norm_bias);
+  norm(&attention_norm);
+  const int64_t inputs = m_.c.hidden_size;
+  const int64_t columns = (verb.keys_values ? line_columns() : m_.c.query_dim()) - first;
+  dense_.product(base_ + lane_.normed, padded_,
+                 static_cast<const char*>(layer.qkv_proj_weight) + first * inputs * m_.element(),
+                 static_cast<const char*>(layer.qkv_proj_bias) + first * m_.element(), columns,
+                 inputs, base_ + lane_.wide, columns, how_);
+  return columns;
 }
 
 KeyGroup ManyRows::keys(Cache cache, const Verb& verb, const Span& span) const {
@@ -192,7 +227,8 @@ void ManyRows::finish(const Verb& verb) {
                       (verb.block * m_.c.block_depth + verb.layer) * d;
   dense_.add(base_ + lane_.output, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_,
              how_);
-  norm(m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias));
+  const Norm mlp_norm = m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
+  norm(&mlp_norm);
   dense_.product(base_ + lane_.normed, padded_, layer.gate_proj_weight, nullptr, f, d, gate_up,
                  2 * f, how_);
   dense_.product(base_ + lane_.normed, padded_, layer.up_proj_weight, nullptr, f, d,

@@ -18,13 +18,16 @@ class ManyRows {
  private:
   void widen_biases();
   void prepare();
-  void norm(const Norm& norm);
+  void project_vocabulary();
+  void norm(const Norm* norm);
   void project(const Verb& verb, const Span& span);
+  int64_t product_of_x(const Verb& verb, int64_t first);
   void attend(const Verb& verb, const Span& span);
   void finish(const Verb& verb);
   void keep(const Span& span);
   void copy(float* to, const float* from) const;
   KeyGroup keys(Cache cache, const Verb& verb, const Span& span) const;
+  int64_t line_columns() const { return m_.c.query_dim() + 2 * m_.c.kv_dim(); }
 
   const Model& m_;
   const Workspace& w_;

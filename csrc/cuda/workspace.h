@@ -29,6 +29,12 @@ inline int64_t padded_rows(int64_t rows) {
   return (rows + multiple - 1) / multiple * multiple;
 }
 
+// Whether the first projection of every token of the vocabulary is kept. A history of V tokens saves
+// as much work as the table takes, once; a quarter of that is already worth the memory.
+inline bool keeps_table(const Config& c, const CachePlanOptions& options) {
+  return 4 * c.history_at(options.max_context - 1) >= c.vocab_size;
+}
+
 inline void check_supported(const Config& c, const CachePlanOptions& options) {
   constexpr int kHeadSizes[] = {32, 36, 40, 48, 64, 80, 96, 128};
   require(std::count(std::begin(kHeadSizes), std::end(kHeadSizes), c.head_dim()) == 1,
@@ -67,6 +73,8 @@ struct Workspace {
   int64_t window = 0;      // x of the window, float32 (Wog, D)
   int64_t compressed = 0;  // x of the compressed history, float32 (Woh, D)
   int64_t biases = 0;      // out_proj biases in float32, (layers, D)
+  bool tabled = false;     // keeps_table()
+  int64_t table = 0;       // block 0's first q, k, v of each token, not rotated, (V, (Hq + 2 Hkv) d)
   struct Lane {
     int64_t rows = 0;       // R: most rows at once, padded like all of these
     int64_t history = 0;    // x of a piece of the history, float32 (piece, D)
@@ -117,6 +125,8 @@ struct Workspace {
     w.window = take(padded_rows(wog) * d * 4);
     w.compressed = take(padded_rows(woh) * d * 4);
     w.biases = take(c.num_layers() * d * 4);
+    w.tabled = keeps_table(c, options);
+    w.table = take(w.tabled ? v * (c.query_dim() + 2 * c.kv_dim()) * element : 0);
     w.attention_bytes = prefill_attention_scratch(1, std::max(woh, wog), heads, head_dim);
     for (Lane& lane : w.lanes) {
       lane.rows = padded_rows(&lane == w.lanes ? std::max({piece, woh, wog}) : piece);

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "../cpp/random_model.h"
+#include "cuda/workspace.h"
 #include "gpu.h"
 #include "tlinformer/engine.h"
 
@@ -251,6 +252,11 @@ int main(int argc, char** argv) {
   }
   Config c = two_heads();
   test_prefill_and_steps("small", c, 31);
+  CHECK(cuda::keeps_table(c, {31, 1}));
+  c.vocab_size = 1000;
+  test_prefill_and_steps("vocabulary too large for a table", c, 31);
+  CHECK(!cuda::keeps_table(c, {31, 1}));
+  c = two_heads();
   c.variant = Variant::tconstformer;
   test_prefill_and_steps("tconstformer", c, 31);
   c = two_heads();
@@ -269,6 +275,8 @@ int main(int argc, char** argv) {
   c = product_config(432, 12, 1280);
   c.vocab_size = 1000;
   test_prefill_and_steps("41M, small vocabulary", c, 700);
+  c.vocab_size = 5000;  // no table
+  test_prefill_and_steps("41M, larger vocabulary", c, 300);
   test_generate(two_heads(), 1);
   test_generate(two_heads(), 3);
   test_state(two_heads());

@@ -52,8 +52,8 @@ void check_norm(const X* x, const T* weight, const T* bias, size_t d, double eps
 
 template <class T>
 void test_norm(size_t rows, size_t d, bool gather, bool keep_x, bool with_norm, bool early,
-               unsigned seed) {
-  const size_t vocabulary = 37;
+               unsigned seed, bool by_token = true) {
+  const size_t vocabulary = by_token ? 37 : rows;
   auto embed = gpu::normal<T>(vocabulary * d, seed, 0.5f);
   for (auto& e : embed) e = T(float(e) + 3.0f);  // a mean that a one-pass variance would suffer of
   auto rows_of_x = gpu::normal<float>(rows * d, seed + 1, 2.0f);
@@ -76,7 +76,7 @@ void test_norm(size_t rows, size_t d, bool gather, bool keep_x, bool with_norm, 
   n.dtype = kDType<T>;
   n.rows = int64_t(rows);
   n.hidden_size = int(d);
-  n.tokens = gather ? tokens_d.data() : nullptr;
+  n.tokens = gather && by_token ? tokens_d.data() : nullptr;
   n.embed = gather ? embed_d.data() : nullptr;
   n.x = keep_x ? x.data() : nullptr;
   n.norm = with_norm ? &norm : nullptr;
@@ -87,7 +87,7 @@ void test_norm(size_t rows, size_t d, bool gather, bool keep_x, bool with_norm, 
   const auto x_h = x.get();
   const auto normed_h = normed.get();
   for (size_t row = 0; row < rows; ++row) {
-    const T* e = embed.data() + size_t(tokens[row]) * d;
+    const T* e = embed.data() + (by_token ? size_t(tokens[row]) : row) * d;
     for (size_t i = 0; i < d && keep_x; ++i) {
       CHECK(x_h[row * d + i] == (gather ? float(e[i]) : rows_of_x[row * d + i]));
     }
@@ -128,14 +128,22 @@ Rope rope_of(int heads, size_t d, double theta) {
   return Rope::of(config);
 }
 
+// Lines one after another, or with a gap between them and chosen by tokens.
 template <class T>
 void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool with_query,
-                 bool with_keys, int64_t begin, size_t slot, unsigned seed) {
+                 bool with_keys, int64_t begin, size_t slot, unsigned seed, bool by_token = false) {
   const double theta = 10000;
+  const size_t vocabulary = 19, count = by_token ? vocabulary : rows, gap = by_token ? 12 : 0;
   const size_t columns = (with_query ? q_heads * d : 0) + (with_keys ? 2 * kv_heads * d : 0);
   const size_t capacity = slot + rows + 3, head_stride = capacity * d + 8;
-  const auto lines = gpu::normal<T>(rows * columns, seed);
+  const size_t stride = columns + gap;
+  const auto lines = gpu::normal<T>(count * stride, seed);
   const Array<T> lines_d(lines);
+  const auto tokens = some_tokens(rows, int32_t(vocabulary), seed + 1);
+  const Array<int32_t> tokens_d(tokens);
+  const auto line_of = [&](size_t row) {
+    return &lines[(by_token ? size_t(tokens[row]) : row) * stride];
+  };
   Array<T> query((rows + 1) * q_heads * d), keys(kv_heads * head_stride),
       values(kv_heads * head_stride);
   RotateRows r;
@@ -147,6 +155,8 @@ void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool wi
   r.head_dim = int(d);
   r.rope = rope_of(int(q_heads), d, theta);
   r.lines = lines_d.data();
+  r.line_stride = int64_t(stride);
+  r.tokens = by_token ? tokens_d.data() : nullptr;
   r.query = with_query ? query.data() : nullptr;
   r.keys = with_keys ? keys.data() : nullptr;
   r.values = with_keys ? values.data() : nullptr;
@@ -158,7 +168,7 @@ void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool wi
   const auto query_h = query.get(), keys_h = keys.get(), values_h = values.get();
   for (size_t row = 0; row < rows && with_query; ++row) {
     for (size_t h = 0; h < q_heads; ++h) {
-      check_rotated(&lines[row * columns + h * d], d, theta, begin + int64_t(row), true,
+      check_rotated(line_of(row) + h * d, d, theta, begin + int64_t(row), true,
                     &query_h[(row * q_heads + h) * d]);
     }
   }
@@ -168,7 +178,7 @@ void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool wi
   for (size_t h = 0; h < kv_heads; ++h) {
     const T *k = &keys_h[h * head_stride], *v = &values_h[h * head_stride];
     for (size_t row = 0; row < rows && with_keys; ++row) {
-      const T* line = &lines[row * columns];
+      const T* line = line_of(row);
       check_rotated(line + k_column + h * d, d, theta, begin + int64_t(row), true,
                     k + (slot + row) * d);
       check_rotated(line + v_column + h * d, d, theta, 0, false, v + (slot + row) * d);
@@ -263,6 +273,7 @@ void test_large() {
     r.head_dim = int(d);
     r.rope = rope_of(int(heads), d, 10000);
     r.lines = lines.data();
+    r.line_stride = int64_t(columns);
     r.query = query.data();
     r.keys = keys.data();
     r.values = values.data();
@@ -304,12 +315,14 @@ void test_all() {
     }
     test_norm<T>(rows, d, true, false, true, false, seed += 10);
     test_norm<T>(rows, d, true, true, false, false, seed += 10);
+    test_norm<T>(rows, d, true, false, true, false, seed += 10, false);
   }
 #define TEST_HEAD_SIZE(d)                                            \
   test_rotate<T>(61, 5, 5, d, true, true, 1234567, 3, seed += 10);   \
   test_rotate<T>(3, 6, 2, d, true, true, 2200000000, 0, seed += 10); \
   test_rotate<T>(130, 12, 12, d, true, false, 0, 0, seed += 10);     \
-  test_rotate<T>(29, 4, 1, d, false, true, 1 << 20, 77, seed += 10);
+  test_rotate<T>(29, 4, 1, d, false, true, 1 << 20, 77, seed += 10); \
+  test_rotate<T>(83, 4, 2, d, true, true, 12345, 6, seed += 10, true);
   TLINFORMER_HEAD_SIZES(TEST_HEAD_SIZE)
   test_rotate<T>(1, 1, 1, 4, true, true, 9, 1, seed += 10);
   for (const size_t columns : {8, 248, 1280, 1544}) {
@@ -372,12 +385,19 @@ void bench(size_t rows, size_t d, size_t heads, size_t f) {
     r.query = q;
     r.keys = k;
     r.values = k != nullptr ? values.data() : nullptr;
+    r.line_stride = int64_t(d) * (r.tokens != nullptr ? 3 : parts);
     const double us = gpu::microseconds([&](cudaStream_t on) { rotate_rows(r, {on}); });
     gpu::report(name + size, us, parts * 4 * items, parts * 3 * items);
   };
   time_rotate("rotate_rows q", query.data(), nullptr, 1);
   time_rotate("rotate_rows k v", nullptr, keys.data(), 2);
   time_rotate("rotate_rows q k v", query.data(), keys.data(), 3);
+  const Array<T> table(vocabulary * 3 * d);
+  gpu::randomise(table);
+  r.lines = table.data();
+  r.tokens = tokens.data();
+  time_rotate("rotate_rows q of tokens", query.data(), nullptr, 1);
+  time_rotate("rotate_rows k v of tokens", nullptr, keys.data(), 2);
 
   const double us = gpu::microseconds([&](cudaStream_t on) {
     silu_rows(DType::bfloat16, gate_up.data(), hidden.data(), int64_t(rows), int64_t(f), {on});

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads) tlin_norm_rows(NormRows n, Norm norm
   if (row >= n.rows) return;
   const int lane = threadIdx.x % 32, chunks = n.hidden_size / 4;
   const uint2* const embed =
-      kGather ? static_cast<const uint2*>(n.embed) + int64_t{n.tokens[row]} * chunks + lane
+      kGather ? static_cast<const uint2*>(n.embed) +
+                    (n.tokens != nullptr ? n.tokens[row] : row) * chunks + lane
               : nullptr;
   float4* const x = reinterpret_cast<float4*>(n.x) + row * chunks + lane;
 
@@ -95,7 +96,8 @@ struct Heads {  // neighbours in a line, and where its row of them goes
 
 struct HeadParts {
   Heads parts[3]{};  // q, k, v, or some of them
-  int64_t rows = 0, columns = 0, begin = 0;
+  int64_t rows = 0, line_stride = 0, begin = 0;
+  const int32_t* tokens = nullptr;
   Rope rope{};
 };
 
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 8)
     first = rotation(p.rope.turns[2 * threadIdx.x], p.begin + row);
     second = rotation(p.rope.turns[2 * threadIdx.x + 1], p.begin + row);
   }
-  const T* from = static_cast<const T*>(heads.from) + row * p.columns + 4 * threadIdx.x;
+  const int64_t line = p.tokens != nullptr ? p.tokens[row] : row;
+  const T* from = static_cast<const T*>(heads.from) + line * p.line_stride + 4 * threadIdx.x;
   T* to = static_cast<T*>(heads.to) + row * heads.row_stride + 4 * threadIdx.x;
   constexpr int kAtOnce = 4;  // loads under way
   for (int h = 0; h < heads.count; h += kAtOnce) {
@@ -174,8 +177,8 @@ void norm_rows(const NormRows& n, const Launch& how) {
   if (n.rows == 0) return;
   with_type(n.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto kernel = n.tokens != nullptr ? norm_kernel<T, true>(n.hidden_size)
-                                            : norm_kernel<T, false>(n.hidden_size);
+    const auto kernel = n.embed != nullptr ? norm_kernel<T, true>(n.hidden_size)
+                                           : norm_kernel<T, false>(n.hidden_size);
     launch(how, kernel, "norm_rows", blocks(n.rows, kWarps), kThreads, 0, n,
            n.norm != nullptr ? *n.norm : Norm{});
   });
@@ -189,12 +192,15 @@ void rotate_rows(const RotateRows& r, const Launch& how) {
   p.rows = r.rows;
   p.begin = r.begin;
   p.rope = r.rope;
+  p.line_stride = r.line_stride;
+  p.tokens = r.tokens;
   unsigned count = 0;
+  int64_t columns = 0;
   const auto take = [&](void* to, int64_t row_stride, int64_t head_stride, int heads,
                         bool rotated) {
-    const char* from = static_cast<const char*>(r.lines) + p.columns * size_of(r.dtype);
+    const char* from = static_cast<const char*>(r.lines) + columns * size_of(r.dtype);
     p.parts[count++] = {from, to, row_stride, head_stride, heads, rotated};
-    p.columns += heads * d;
+    columns += heads * d;
   };
   if (r.query != nullptr) take(r.query, r.query_heads * d, d, r.query_heads, true);
   if (r.keys != nullptr) {

@@ -12,12 +12,12 @@
 namespace tlinformer::cuda {
 
 // x (rows, D) float32 <- embed[tokens]; and, with a norm, normed (rows, D) of dtype <- norm(x).
-// With tokens null x is read instead; with tokens x may be null: not wanted.
+// With embed null x is read instead; with embed x may be null: not wanted.
 struct NormRows {
   DType dtype = DType::bfloat16;
   int64_t rows = 0;
   int hidden_size = 0;
-  const int32_t* tokens = nullptr;
+  const int32_t* tokens = nullptr;  // null: rows 0 ... rows - 1 of embed
   const void* embed = nullptr;
   float* x = nullptr;
   const Norm* norm = nullptr;  // host pointer; null: x only
@@ -25,14 +25,16 @@ struct NormRows {
 };
 void norm_rows(const NormRows& n, const Launch& how);
 
-// Of `lines` (rows, columns): [q (Hq d) if query is given][k (Hkv d), v (Hkv d) if keys are].
-// query (rows, Hq d) <- rotated q; the cache's rows slot ... slot + rows - 1 <- rotated k, v.
+// Of `lines`, line_stride elements apart: [q (Hq d) if query is given][k (Hkv d), v (Hkv d) if keys
+// are]. query (rows, Hq d) <- rotated q; the cache's rows slot ... slot + rows - 1 <- rotated k, v.
 struct RotateRows {
   DType dtype = DType::bfloat16;
   int64_t rows = 0, begin = 0;  // position of row 0
   int query_heads = 0, kv_heads = 0, head_dim = 0;
   Rope rope{};
   const void* lines = nullptr;
+  int64_t line_stride = 0;
+  const int32_t* tokens = nullptr;  // row i's line; null: line i
   void* query = nullptr;
   void* keys = nullptr;  // (Hkv, capacity, d) of the sequence
   void* values = nullptr;
