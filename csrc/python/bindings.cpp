@@ -47,26 +47,27 @@ class PyEngine {
                 {reinterpret_cast<void*>(arena), arena_bytes},
                 {num_threads, reinterpret_cast<void*>(stream)}) {}
 
-  // Prompts and tokens come as (address, count) of int32.
+  // Prompts come as (address, count) of int64.
   using Ids = std::vector<std::pair<uintptr_t, int64_t>>;
 
   void prefill(const Ids& prompts, py::object progress) {
-    std::vector<Tokens> tokens;
-    for (const auto& [at, count] : prompts) {
-      const int32_t* ids = reinterpret_cast<const int32_t*>(at);
-      tokens.emplace_back(ids, ids + count);
-    }
     const auto report = callback<double>(std::move(progress));
     const auto lock = own();
     py::gil_scoped_release release;
-    engine_.prefill(tokens, report);
+    prompts_.resize(prompts.size());
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const auto& [at, count] = prompts[i];
+      narrow(reinterpret_cast<const int64_t*>(at), count, prompts_[i], "prompt ", i);
+    }
+    engine_.prefill(prompts_, report);
   }
 
-  void step(const Tokens& tokens) {
+  void step(const std::vector<int64_t>& ids) {
     const auto report = callback<double>(py::none());
     const auto lock = own();
     py::gil_scoped_release release;
-    engine_.step(tokens, report);
+    narrow(ids.data(), static_cast<int64_t>(ids.size()), step_, "step");
+    engine_.step(step_, report);
   }
 
   std::vector<Tokens> generate(int64_t max_new_tokens, const SamplingParams& sampling,
@@ -125,8 +126,26 @@ class PyEngine {
     return {busy_};
   }
 
+  // The ids as the engine takes them; it checks that they are in the vocabulary.
+  template <class... Where>
+  void narrow(const int64_t* ids, int64_t count, Tokens& to, const Where&... where) const {
+    to.resize(static_cast<size_t>(count));
+    int64_t bits = 0;  // of all ids; a negative one has the highest
+    for (int64_t i = 0; i < count; ++i) {
+      bits |= ids[i];
+      to[static_cast<size_t>(i)] = static_cast<int32_t>(ids[i]);
+    }
+    if (bits >> 31 == 0) return;
+    for (int64_t i = 0; i < count; ++i) {
+      require(ids[i] >> 31 == 0, where..., ": token id ", ids[i],
+              " is outside the vocabulary, 0 to ", engine_.config().vocab_size - 1);
+    }
+  }
+
   Engine engine_;
   bool busy_ = false;
+  std::vector<Tokens> prompts_;  // of the call under way; kept, since new memory costs a first touch
+  Tokens step_;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "backend.h"
@@ -200,6 +201,11 @@ struct Engine::Impl {
 
   template <class... Where>
   void check_tokens(const Tokens& tokens, const Where&... where) const {
+    const auto most = static_cast<int32_t>(
+        std::min<int64_t>(config.vocab_size - 1, std::numeric_limits<int32_t>::max()));
+    int32_t outside = 0;  // all are compared, many at once; only then is the first one looked for
+    for (int32_t token : tokens) outside |= int32_t{token < 0} | int32_t{token > most};
+    if (outside == 0) return;
     for (int32_t token : tokens) {
       require(token >= 0 && token < config.vocab_size, where..., ": token id ", token,
               " is outside the vocabulary, 0 to ", config.vocab_size - 1);
