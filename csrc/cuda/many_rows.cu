@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "../runtime/range.h"
+#include "dense/gated.h"
 #include "many_rows.h"
 #include "rows/rows.h"
 
@@ -19,7 +20,8 @@ ManyRows::ManyRows(const Model& model, const Workspace& workspace, int lane, cha
       lane_(workspace.lanes[lane]),
       base_(base),
       how_{stream, false},
-      dense_(model.dtype, base + workspace.lanes[lane].dense, Dense::workspace_bytes()) {
+      dense_(model.dtype, base + workspace.lanes[lane].dense, Dense::workspace_bytes()),
+      gated_(takes_gated_product(model.dtype, model.c.hidden_size, model.c.intermediate_size)) {
   if (lane == 0) widen_biases();
   prepare();
   if (lane == 0 && w_.tabled) project_vocabulary();
@@ -66,7 +68,9 @@ void ManyRows::prepare() {
       dense_.product(input, rows, layer.qkv_proj_weight, layer.qkv_proj_bias, columns, d, wide,
                      columns, how_);
     }
-    dense_.product(input, rows, layer.gate_proj_weight, nullptr, f, d, wide, 2 * f, how_);
+    if (!gated_ && rows <= lane_.gated_rows) {
+      dense_.product(input, rows, layer.gate_proj_weight, nullptr, f, d, wide, 2 * f, how_);
+    }
     const float* bias = reinterpret_cast<const float*>(base_ + w_.biases);
     if (rows > padded_rows(m_.plan.piece_rows())) continue;
     dense_.add(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
@@ -220,21 +224,37 @@ void ManyRows::attend(const Verb& verb, const Span& span) {
 
 void ManyRows::finish(const Verb& verb) {
   const LayerWeights& layer = m_.layer(verb);
-  const int64_t d = m_.c.hidden_size, f = m_.c.intermediate_size;
-  char* gate_up = base_ + lane_.wide;
-  char* hidden = base_ + lane_.output;
+  const int64_t d = m_.c.hidden_size;
   const float* bias = reinterpret_cast<const float*>(base_ + w_.biases) +
                       (verb.block * m_.c.block_depth + verb.layer) * d;
   dense_.add(base_ + lane_.output, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_,
              how_);
   const Norm mlp_norm = m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
   norm(&mlp_norm);
-  dense_.product(base_ + lane_.normed, padded_, layer.gate_proj_weight, nullptr, f, d, gate_up,
-                 2 * f, how_);
-  dense_.product(base_ + lane_.normed, padded_, layer.up_proj_weight, nullptr, f, d,
-                 gate_up + f * m_.element(), 2 * f, how_);
-  silu_rows(m_.dtype, gate_up, hidden, rows_, f, how_);
-  dense_.add(hidden, padded_, layer.down_proj_weight, nullptr, d, f, x_, how_);
+  gate(layer);
+  dense_.add(base_ + lane_.output, padded_, layer.down_proj_weight, nullptr, d,
+             m_.c.intermediate_size, x_, how_);
+}
+
+// output (rows, F) <- silu(gate) * up.
+void ManyRows::gate(const LayerWeights& layer) {
+  const int64_t d = m_.c.hidden_size, f = m_.c.intermediate_size;
+  const char* normed = base_ + lane_.normed;
+  char *gate_up = base_ + lane_.wide, *hidden = base_ + lane_.output;
+  if (gated_) {
+    gated_product({m_.dtype, rows_, d, f, normed, layer.gate_proj_weight, layer.up_proj_weight,
+                   hidden},
+                  how_);
+    return;
+  }
+  for (int64_t first = 0; first < rows_; first += lane_.gated_rows) {
+    const int64_t rows = std::min(lane_.gated_rows, rows_ - first), padded = padded_rows(rows);
+    const char* from = normed + first * d * m_.element();
+    dense_.product(from, padded, layer.gate_proj_weight, nullptr, f, d, gate_up, 2 * f, how_);
+    dense_.product(from, padded, layer.up_proj_weight, nullptr, f, d, gate_up + f * m_.element(),
+                   2 * f, how_);
+    silu_rows(m_.dtype, gate_up, hidden + first * f * m_.element(), rows, f, how_);
+  }
 }
 
 void ManyRows::copy(float* to, const float* from) const {

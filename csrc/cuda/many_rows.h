@@ -24,6 +24,7 @@ class ManyRows {
   int64_t product_of_x(const Verb& verb, int64_t first);
   void attend(const Verb& verb, const Span& span);
   void finish(const Verb& verb);
+  void gate(const LayerWeights& layer);
   void keep(const Span& span);
   void copy(float* to, const float* from) const;
   KeyGroup keys(Cache cache, const Verb& verb, const Span& span) const;
@@ -35,6 +36,7 @@ class ManyRows {
   char* base_;
   Launch how_;
   Dense dense_;
+  const bool gated_;  // gate and up are one kernel
   const int32_t* tokens_ = nullptr;  // of an embed verb that waits for the next norm
   float* x_ = nullptr;
   int64_t rows_ = 0;

@@ -79,7 +79,8 @@ struct Workspace {
     int64_t rows = 0;       // R: most rows at once, padded like all of these
     int64_t history = 0;    // x of a piece of the history, float32 (piece, D)
     int64_t normed = 0;     // (R, D)
-    int64_t wide = 0;       // (R, max(2 F, (Hq + 2 Hkv) d))
+    int64_t gated_rows = 0; // of gate and up at once, where each is a product of its own
+    int64_t wide = 0;       // (R, (Hq + 2 Hkv) d), (gated_rows, 2 F)
     int64_t query = 0;      // (R, Hq d)
     int64_t output = 0;     // (R, max(Hq d, F)): attended, then the MLP's hidden rows
     int64_t attention = 0;  // of prefill_attention
@@ -97,6 +98,7 @@ struct Workspace {
     const int64_t piece = plan.piece_rows();
     const int64_t element = size_of(options.dtype);
     const int64_t d = c.hidden_size, f = c.intermediate_size, v = c.vocab_size;
+    const int64_t line = c.query_dim() + 2 * c.kv_dim();
     Workspace w;
     const auto take = [&w](int64_t bytes) {
       const int64_t begin = w.bytes;
@@ -126,13 +128,14 @@ struct Workspace {
     w.compressed = take(padded_rows(woh) * d * 4);
     w.biases = take(c.num_layers() * d * 4);
     w.tabled = keeps_table(c, options);
-    w.table = take(w.tabled ? v * (c.query_dim() + 2 * c.kv_dim()) * element : 0);
+    w.table = take(w.tabled ? v * line * element : 0);
     w.attention_bytes = prefill_attention_scratch(1, std::max(woh, wog), heads, head_dim);
     for (Lane& lane : w.lanes) {
       lane.rows = padded_rows(&lane == w.lanes ? std::max({piece, woh, wog}) : piece);
       lane.history = take(padded_rows(piece) * d * 4);
       lane.normed = take(lane.rows * d * element);
-      lane.wide = take(lane.rows * std::max(2 * f, c.query_dim() + 2 * c.kv_dim()) * element);
+      lane.gated_rows = std::max(std::min<int64_t>(lane.rows, 512), lane.rows / 1024 * 512);
+      lane.wide = take(std::max(lane.rows * line, lane.gated_rows * 2 * f) * element);
       lane.query = take(lane.rows * c.query_dim() * element);
       lane.output = take(lane.rows * std::max(c.query_dim(), f) * element);
       lane.attention = take(w.attention_bytes);
