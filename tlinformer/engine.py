@@ -194,7 +194,7 @@ class Engine:
         return both
 
     def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
-        """The sequences of a batch as contiguous int64 CPU tensors (L); their range is unchecked."""
+        """The sequences of a batch as contiguous int64 CPU tensors (L), their range unchecked."""
         rows: list[Any]
         if isinstance(token_ids, torch.Tensor):
             if token_ids.ndim not in (1, 2):

@@ -242,9 +242,9 @@ void ManyRows::gate(const LayerWeights& layer) {
   const char* normed = base_ + lane_.normed;
   char *gate_up = base_ + lane_.wide, *hidden = base_ + lane_.output;
   if (gated_) {
-    gated_product({m_.dtype, rows_, d, f, normed, layer.gate_proj_weight, layer.up_proj_weight,
-                   hidden},
-                  how_);
+    gated_product(
+        {m_.dtype, rows_, d, f, normed, layer.gate_proj_weight, layer.up_proj_weight, hidden},
+        how_);
     return;
   }
   for (int64_t first = 0; first < rows_; first += lane_.gated_rows) {

@@ -36,7 +36,7 @@ class ManyRows {
   char* base_;
   Launch how_;
   Dense dense_;
-  const bool gated_;  // gate and up are one kernel
+  const bool gated_;                 // gate and up are one kernel
   const int32_t* tokens_ = nullptr;  // of an embed verb that waits for the next norm
   float* x_ = nullptr;
   int64_t rows_ = 0;

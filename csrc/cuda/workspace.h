@@ -29,8 +29,8 @@ inline int64_t padded_rows(int64_t rows) {
   return (rows + multiple - 1) / multiple * multiple;
 }
 
-// Whether the first projection of every token of the vocabulary is kept. A history of V tokens saves
-// as much work as the table takes, once; a quarter of that is already worth the memory.
+// Whether the first projection of every token of the vocabulary is kept. A history of V tokens
+// saves as much work as the table takes, once; a quarter of that is already worth the memory.
 inline bool keeps_table(const Config& c, const CachePlanOptions& options) {
   return 4 * c.history_at(options.max_context - 1) >= c.vocab_size;
 }
@@ -74,17 +74,17 @@ struct Workspace {
   int64_t compressed = 0;  // x of the compressed history, float32 (Woh, D)
   int64_t biases = 0;      // out_proj biases in float32, (layers, D)
   bool tabled = false;     // keeps_table()
-  int64_t table = 0;       // block 0's first q, k, v of each token, not rotated, (V, (Hq + 2 Hkv) d)
+  int64_t table = 0;  // block 0's first q, k, v of each token, not rotated, (V, (Hq + 2 Hkv) d)
   struct Lane {
-    int64_t rows = 0;       // R: most rows at once, padded like all of these
-    int64_t history = 0;    // x of a piece of the history, float32 (piece, D)
-    int64_t normed = 0;     // (R, D)
-    int64_t gated_rows = 0; // of gate and up at once, where each is a product of its own
-    int64_t wide = 0;       // (R, (Hq + 2 Hkv) d), (gated_rows, 2 F)
-    int64_t query = 0;      // (R, Hq d)
-    int64_t output = 0;     // (R, max(Hq d, F)): attended, then the MLP's hidden rows
-    int64_t attention = 0;  // of prefill_attention
-    int64_t dense = 0;      // of cuBLASLt
+    int64_t rows = 0;        // R: most rows at once, padded like all of these
+    int64_t history = 0;     // x of a piece of the history, float32 (piece, D)
+    int64_t normed = 0;      // (R, D)
+    int64_t gated_rows = 0;  // of gate and up at once, where each is a product of its own
+    int64_t wide = 0;        // (R, (Hq + 2 Hkv) d), (gated_rows, 2 F)
+    int64_t query = 0;       // (R, Hq d)
+    int64_t output = 0;      // (R, max(Hq d, F)): attended, then the MLP's hidden rows
+    int64_t attention = 0;   // of prefill_attention
+    int64_t dense = 0;       // of cuBLASLt
   };
   Lane lanes[2];  // the pieces of a history go through two lanes in turn
   int64_t attention_bytes = 0;

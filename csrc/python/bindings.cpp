@@ -144,7 +144,8 @@ class PyEngine {
 
   Engine engine_;
   bool busy_ = false;
-  std::vector<Tokens> prompts_;  // of the call under way; kept, since new memory costs a first touch
+  std::vector<Tokens>
+      prompts_;  // of the call under way; kept, since new memory costs a first touch
   Tokens step_;
 };
 

@@ -1,12 +1,11 @@
 // The gated product, against float64. `bench` times it, and the products and the activation that it
 // stands for.
-#include "cuda/dense/gated.h"
-
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "cuda/dense/dense.h"
+#include "cuda/dense/gated.h"
 #include "cuda/rows/rows.h"
 #include "gpu.h"
 
@@ -90,13 +89,13 @@ void bench(size_t rows, size_t d, size_t f) {
   const Array<T> input(gpu::normal<T>(rows * d, 1)), gate(gpu::normal<T>(f * d, 2, 0.05f)),
       up(gpu::normal<T>(f * d, 3, 0.05f)), both(rows * 2 * f), hidden(rows * f);
   const int64_t n = int64_t(rows), inputs = int64_t(d), outputs = int64_t(f);
-  const std::string size = " rows " + std::to_string(rows) + " " + std::to_string(d) + " to 2 x " +
-                           std::to_string(f);
+  const std::string size =
+      " rows " + std::to_string(rows) + " " + std::to_string(d) + " to 2 x " + std::to_string(f);
   const double bytes = 2.0 * double(rows * (d + f) + 2 * d * f), flops = 4.0 * double(rows * d * f);
   const double us = gpu::microseconds([&](cudaStream_t on) {
-    gated_product({DType::bfloat16, n, inputs, outputs, input.data(), gate.data(), up.data(),
-                   hidden.data()},
-                  {on});
+    gated_product(
+        {DType::bfloat16, n, inputs, outputs, input.data(), gate.data(), up.data(), hidden.data()},
+        {on});
   });
   gpu::report("gated_product" + size, us, bytes, flops);
   const double apart = gpu::microseconds([&](cudaStream_t on) {

@@ -3,11 +3,10 @@
 // a time. One warp issues the copies, two groups of four warps multiply 64 rows each: their sums
 // are 128 columns of gate beside the same ones of up, so that a thread activates what it has. A
 // group that stores its outputs leaves the tensor cores to the other one.
-#include "gated.h"
-
 #include <algorithm>
 
 #include "../dsmem.cuh"
+#include "gated.h"
 #include "wgmma.cuh"
 
 namespace tlinformer::cuda {
@@ -65,7 +64,8 @@ __global__ void __launch_bounds__(kThreads, 1) tlin_gated_product(const __grid_c
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char unaligned[];
   __shared__ uint64_t barriers[kMostChunks + 2 * kStages];
-  const uint32_t inputs = (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023) & ~1023u;
+  const uint32_t inputs =
+      (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023) & ~1023u;
   const uint32_t stages = inputs + p.chunks * kInputBytes;
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barriers));
   const auto input_arrived = [&](int chunk) { return here + 8 * chunk; };
@@ -228,7 +228,8 @@ void gated_product(const GatedProduct& p, const Launch& how) {
   g.chunks = static_cast<int>((p.inputs + kTileInputs - 1) / kTileInputs);
   g.last_steps = static_cast<int>((p.inputs - (g.chunks - 1) * kTileInputs + 15) / 16);
   g.outputs = static_cast<int>(p.outputs);
-  const int64_t blocks = (p.rows + kRows - 1) / kRows, tiles = (p.outputs + kColumns - 1) / kColumns;
+  const int64_t blocks = (p.rows + kRows - 1) / kRows,
+                tiles = (p.outputs + kColumns - 1) / kColumns;
   // Few rows: several blocks share their outputs, so that all multiprocessors have work.
   const int64_t shares = std::clamp<int64_t>(multiprocessors() / blocks, 1, tiles);
   const size_t shared = static_cast<size_t>(g.chunks * kInputBytes + kStages * kStageBytes + 1024);

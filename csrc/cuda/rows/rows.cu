@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(kThreads) tlin_norm_rows(NormRows n, Norm norm
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= n.rows) return;
   const int lane = threadIdx.x % 32, chunks = n.hidden_size / 4;
-  const uint2* const embed =
-      kGather ? static_cast<const uint2*>(n.embed) +
-                    (n.tokens != nullptr ? n.tokens[row] : row) * chunks + lane
-              : nullptr;
+  const uint2* const embed = kGather
+                                 ? static_cast<const uint2*>(n.embed) +
+                                       (n.tokens != nullptr ? n.tokens[row] : row) * chunks + lane
+                                 : nullptr;
   float4* const x = reinterpret_cast<float4*>(n.x) + row * chunks + lane;
 
   const auto read = [&](int chunk) {
