@@ -16,6 +16,7 @@ from typing import NamedTuple
 # Part of a kernel's mangled name, with the architecture if it matters -> why its spills do no harm.
 EXPLAINED: dict[str, str] = {
     "tlin_prefill_attention": "values kept across the loop over keys: stored before, read after it",
+    "tlin_resident_attention": "places kept across the loop over keys",
     "tlin_ranged_attention Li96E": "values kept across the loop over keys",
     "tlin_ranged_attention Li128E": "32 rows of 128 fill the registers: 8 words beside 128 mma",
     "tlin_sample_step": "sorting keys of the general path; greedy tokens never come there",

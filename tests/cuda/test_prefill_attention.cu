@@ -148,6 +148,23 @@ void test_shapes() {
   test_both({0, 5, 2, 2, 36, {{5}, {}}}, seed++);
 }
 
+// Keys that stay in shared memory, and more rows than all warps take at once.
+void test_resident() {
+  unsigned seed = 500;
+  for (const int d : {32, 36, 40, 48, 64, 80, 96, 128}) {
+    const Shape shapes[] = {
+        {1, 45000, 4, 2, d, {{33}, {}}},
+        {2, 300, 2, 2, d, {{}, {256}}},
+        {1, 100, 3, 1, d, {{190}, {}}},
+    };
+    for (const Shape& shape : shapes) {
+      test<bf16>(shape, seed, false, false);
+      test<f16>(shape, seed + 1, true, false);
+      seed += 3;
+    }
+  }
+}
+
 void test_split() {
   unsigned seed = 1000;
   for (const int d : {36, 64, 128}) {
@@ -229,7 +246,9 @@ void bench() {
     for (const int64_t keys : {16384, 131072, 1048576}) {
       bench("focused", 256, m.heads, m.d, {}, {keys});
     }
-    bench("restore", 8192, m.heads, m.d, {}, {256});
+    for (const int64_t rows : {4096, 8192, 16384}) {
+      bench("restore", rows, m.heads, m.d, {}, {256});
+    }
     bench("hidden", 256, m.heads, m.d, {}, {256});
     bench("window", 256, m.heads, m.d, {256, true}, {256});
     bench("window", 256, m.heads, m.d, {256, true}, {131072});
@@ -245,6 +264,7 @@ int main(int count, char** arguments) {
     return 0;
   }
   test_shapes();
+  test_resident();
   test_split();
   test_errors();
   std::puts("ok");

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "prefill_attention.cuh"
+#include "resident_attention.cuh"
 
 namespace tlinformer::cuda {
 namespace {
@@ -159,6 +159,7 @@ void prefill_attention(const PrefillAttention& a, const Launch& how) {
   const bool both = !is_split && a.groups[0].count > 0 && a.groups[1].count > 0;
   with_type(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    if (!is_split && launch_resident<T>(plan, how)) return;
     launch_prefill<T>(plan, both, how);
     if (!is_split) return;
     const int64_t threads = a.batch * a.query_heads * a.rows * (a.head_dim / 4);
