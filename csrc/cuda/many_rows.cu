@@ -56,6 +56,10 @@ void ManyRows::project_vocabulary() {
   }
 }
 
+bool ManyRows::projects(int64_t columns) const {
+  return takes_projected_rows(m_.dtype, m_.c.hidden_size, columns, m_.head_dim());
+}
+
 // cuBLASLt takes milliseconds when it first meets a shape; after this none is new.
 void ManyRows::prepare() {
   const LayerWeights& layer = m_.weights.layers.front();
@@ -66,6 +70,7 @@ void ManyRows::prepare() {
   char* wide = base_ + lane_.wide;
   for (int64_t rows = 64; rows <= lane_.rows; rows = padded_rows(rows + 1)) {
     for (int64_t columns : {dq, 2 * dkv, dq + 2 * dkv}) {
+      if (projects(columns)) continue;
       dense_.product(input, rows, layer.qkv_proj_weight, layer.qkv_proj_bias, columns, d, wide,
                      columns, how_);
     }
@@ -173,9 +178,9 @@ void ManyRows::project(const Verb& verb, const Span& span) {
   p.inputs = m_.c.hidden_size;
   p.weight = static_cast<const char*>(layer.qkv_proj_weight) + first * p.inputs * m_.element();
   p.bias = static_cast<const char*>(layer.qkv_proj_bias) + first * m_.element();
-  if (takes_projected_rows(p)) return projected_rows(p, how_);
-  p.lines = base_ + lane_.wide;
   p.line_stride = (verb.keys_values ? line_columns() : m_.c.query_dim()) - first;
+  if (projects(p.line_stride)) return projected_rows(p, how_);
+  p.lines = base_ + lane_.wide;
   dense_.product(p.input, padded_, p.weight, p.bias, p.line_stride, p.inputs, base_ + lane_.wide,
                  p.line_stride, how_);
   rotate_rows(p, how_);

@@ -21,6 +21,7 @@ class ManyRows {
   void project_vocabulary();
   void norm(const Norm* norm);
   void project(const Verb& verb, const Span& span);
+  bool projects(int64_t columns) const;  // in one kernel
   void attend(const Verb& verb, const Span& span);
   void finish(const Verb& verb);
   void gate(const LayerWeights& layer);

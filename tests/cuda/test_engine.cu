@@ -277,6 +277,10 @@ int main(int argc, char** argv) {
   test_prefill_and_steps("41M, small vocabulary", c, 700);
   c.vocab_size = 5000;  // no table
   test_prefill_and_steps("41M, larger vocabulary", c, 300);
+  c = product_config(576, 16, 1288);  // wider than products with epilogues of our own
+  c.vocab_size = 300;
+  c.generation_window = c.history_window = 64;
+  test_prefill_and_steps("D 576", c, 1300);
   test_generate(two_heads(), 1);
   test_generate(two_heads(), 3);
   test_state(two_heads());

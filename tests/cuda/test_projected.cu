@@ -96,7 +96,7 @@ void test(size_t rows, size_t inputs, size_t q_heads, size_t kv_heads, size_t d,
   p.inputs = int64_t(inputs);
   p.weight = weight.data();
   p.bias = bias.data();
-  CHECK(takes_projected_rows(p));
+  CHECK(takes_projected_rows(p.dtype, p.inputs, int64_t(columns), p.head_dim));
   projected_rows(p, {});
   check(cudaDeviceSynchronize(), "projected_rows");
 
@@ -192,10 +192,7 @@ void bench(size_t rows, size_t d, size_t heads) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  ProjectedRows p;
-  p.inputs = 432;
-  p.head_dim = 36;
-  if (!takes_projected_rows(p)) {
+  if (!takes_projected_rows(DType::bfloat16, 432, 864, 36)) {
     std::puts("no kernel for this device");
     return 77;
   }
@@ -204,8 +201,8 @@ int main(int count, char** arguments) {
     bench(16384, 512, 8);
     return 0;
   }
-  p.inputs = 520;
-  CHECK(!takes_projected_rows(p));
+  CHECK(!takes_projected_rows(DType::bfloat16, 520, 1040, 40));
+  CHECK(!takes_projected_rows(DType::bfloat16, 432, 872, 36));
   test_all<bf16>();
   test_all<f16>();
   std::puts("ok");

@@ -9,7 +9,7 @@ namespace {
 constexpr int kPairs = 2;  // of a thread, 8 bytes: heads start on no more
 constexpr int kTogether = 8 * kPairs;
 constexpr int kDivisionBits = 20;
-constexpr int kMostColumns = 8192;  // of q, k or v: what divide() is exact for
+constexpr int kMostColumns = 8192;  // that multiplying by a reciprocal divides exactly
 constexpr int kMemory = 227 * 1024 - 256;
 
 struct Heads {  // where a row of them goes
@@ -99,14 +99,13 @@ int64_t columns(const ProjectedRows& p) { return query_columns(p) + 2 * key_colu
 
 }  // namespace
 
-bool takes_projected_rows(const ProjectedRows& p) {
-  const int64_t chunks = (p.inputs + kTileInputs - 1) / kTileInputs;
+bool takes_projected_rows(DType dtype, int64_t inputs, int64_t columns, int head_dim) {
+  const int64_t chunks = (inputs + kTileInputs - 1) / kTileInputs;
   const int64_t memory =
-      chunks * kInputBytes + kStages<1> * kMatrixBytes + rotation_bytes(p.head_dim) + 1024;
-  bool takes = stationary_takes(p.inputs, columns(p), kTogether) && p.head_dim % 4 == 0 &&
-               p.head_dim <= 128 && memory <= kMemory &&
-               std::max(query_columns(p), key_columns(p)) <= kMostColumns;
-  with_type(p.dtype, [&](auto tag) {
+      chunks * kInputBytes + kStages<1> * kMatrixBytes + rotation_bytes(head_dim) + 1024;
+  bool takes = stationary_takes(inputs, columns, kTogether) && head_dim % 4 == 0 &&
+               head_dim <= 128 && memory <= kMemory && columns <= kMostColumns;
+  with_type(dtype, [&](auto tag) {
     static const bool has = has_products(tlin_projected_rows<typename decltype(tag)::type>);
     takes = takes && has;
   });
@@ -114,8 +113,8 @@ bool takes_projected_rows(const ProjectedRows& p) {
 }
 
 void projected_rows(const ProjectedRows& p, const Launch& how) {
-  require(takes_projected_rows(p), "no kernel projects ", p.inputs, " inputs to ", columns(p),
-          " columns of heads of size ", p.head_dim, " here");
+  require(takes_projected_rows(p.dtype, p.inputs, columns(p), p.head_dim), "no kernel projects ",
+          p.inputs, " inputs to ", columns(p), " columns of heads of size ", p.head_dim, " here");
   if (p.rows == 0 || columns(p) == 0) return;
   Projected q{};
   q.product = stationary<1>(p.dtype, p.input, p.rows, p.inputs, {p.weight}, columns(p), kPairs);

@@ -16,7 +16,7 @@ struct ProjectedRows : RotateRows {
 };
 
 // Whether the device (Hopper alone has the instructions) and the widths allow it.
-bool takes_projected_rows(const ProjectedRows& p);
+bool takes_projected_rows(DType dtype, int64_t inputs, int64_t columns, int head_dim);
 void projected_rows(const ProjectedRows& p, const Launch& how);
 
 }  // namespace tlinformer::cuda
