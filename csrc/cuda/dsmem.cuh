@@ -57,6 +57,13 @@ __device__ inline void send(uint32_t remote, float2 x, uint32_t remote_barrier) 
       "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(remote_barrier));
 #endif
 }
+__device__ inline void send(uint32_t remote, float x, uint32_t remote_barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote),
+      "r"(__float_as_uint(x)), "r"(remote_barrier));
+#endif
+}
 
 // All threads of all blocks arrive, then wait: after that every block is known to have started.
 __device__ inline void arrive_at_blocks() {

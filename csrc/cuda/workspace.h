@@ -56,6 +56,7 @@ struct Workspace {
   int64_t sampling = 0;    // DeviceSampling
   int64_t draws = 0;       // int64
   int64_t step_x = 0;      // float32 (B, D)
+  int64_t parts = 0;       // of a single sequence's x: float32 (kMostParts, kPartPitch)
   int64_t step_query = 0;  // float32 (B, Hq d)
   int64_t rotations = 0;   // float2 (B, d / 2), of the newest token
   int64_t attended = 0;    // (B, Hq d)
@@ -111,6 +112,7 @@ struct Workspace {
     w.sampling = take(sizeof(DeviceSampling));
     w.draws = take(8);
     w.step_x = take(batch * d * 4);
+    w.parts = take(int64_t{kMostParts} * kPartPitch * 4);
     w.step_query = take(batch * c.query_dim() * 4);
     w.rotations = take(batch * head_dim / 2 * 8);
     w.attended = take(batch * c.query_dim() * element);

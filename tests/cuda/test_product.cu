@@ -75,28 +75,33 @@ Dot dot(const std::vector<T>& matrix, int64_t row, const double* input, int64_t 
 template <class T>
 struct Problem {
   Sizes sizes;
-  int batch;
+  int batch, part_count;
   std::vector<SequenceState> states;
-  std::vector<float> x;
+  std::vector<float> x, parts;  // parts: (part_count, kPartPitch)
+  std::vector<double> whole;    // x and its parts
   std::vector<T> norm_weight, norm_bias;
   std::vector<double> normed;  // rounded to T
   std::vector<double> folded;  // a single row, whose norm is folded into the product, is not
   Fenced<SequenceState> device_states;
-  Fenced<float> device_x;
+  Fenced<float> device_x, device_parts;
   Fenced<T> device_norm_weight, device_norm_bias;
   int step = 1;  // outputs that are checked are this far apart
 
-  Problem(const Sizes& sizes_, int batch_, unsigned seed)
+  Problem(const Sizes& sizes_, int batch_, unsigned seed, int part_count_ = 0)
       : sizes(sizes_),
         batch(batch_),
+        part_count(part_count_),
         states(batch),
         x(gpu::normal<float>(static_cast<size_t>(batch) * sizes.width, seed, 2.0f)),
+        parts(gpu::normal<float>(static_cast<size_t>(part_count) * kPartPitch, seed + 3)),
+        whole(x.size()),
         norm_weight(gpu::normal<T>(sizes.width, seed + 1)),
         norm_bias(gpu::normal<T>(sizes.width, seed + 2, 0.3f)),
         normed(x.size()),
         folded(x.size()),
         device_states(batch),
         device_x(x.size()),
+        device_parts(parts.size()),
         device_norm_weight(norm_weight),
         device_norm_bias(norm_bias) {
     const int width = sizes.width;
@@ -108,11 +113,16 @@ struct Problem {
       state.live = row % 3 == 1 ? 0 : 1 + row % 2;
       float* const values = &x[static_cast<size_t>(row) * width];
       if (row % 4 == 0) values[0] = 500;  // the value that the kernel measures from
-      double mean = 0, variance = 0;
-      for (int i = 0; i < width; ++i) mean += values[i] / static_cast<double>(width);
-      for (int i = 0; i < width; ++i) variance += (values[i] - mean) * (values[i] - mean) / width;
+      double* const sums = &whole[static_cast<size_t>(row) * width];
       for (int i = 0; i < width; ++i) {
-        const double unit = (values[i] - mean) / std::sqrt(variance + 1e-5);
+        sums[i] = values[i];
+        for (int p = 0; p < part_count; ++p) sums[i] += parts[p * kPartPitch + i];
+      }
+      double mean = 0, variance = 0;
+      for (int i = 0; i < width; ++i) mean += sums[i] / width;
+      for (int i = 0; i < width; ++i) variance += (sums[i] - mean) * (sums[i] - mean) / width;
+      for (int i = 0; i < width; ++i) {
+        const double unit = (sums[i] - mean) / std::sqrt(variance + 1e-5);
         const double w = static_cast<float>(norm_weight[i]), b = static_cast<float>(norm_bias[i]);
         const size_t at = static_cast<size_t>(row) * width + i;
         normed[at] = static_cast<float>(T(static_cast<float>(unit * w + b)));
@@ -122,6 +132,10 @@ struct Problem {
     }
     device_states.set(states);
     device_x.set(x);
+    for (int p = 0; p < part_count; ++p) {  // nobody reads what lies behind a row
+      std::fill_n(parts.begin() + p * kPartPitch + width, kPartPitch - width, NAN);
+    }
+    device_parts.set(parts);
     if (static_cast<int64_t>(batch) * width > 5000) step = 7;
   }
 
@@ -141,6 +155,7 @@ struct Problem {
     p.norm = {device_norm_weight.data(), device_norm_bias.data(), 1e-5f};
     return p;
   }
+  Parts parts_of_x() const { return {device_parts.data(), part_count}; }
   bool live(int row) const { return states[row].live != 0; }
   const double* normed_row(int row) const {
     return &normed[static_cast<size_t>(row) * sizes.width];
@@ -158,6 +173,12 @@ struct Problem {
 };
 
 const Launch kPlain{};
+
+bool on_hopper() {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+  return major >= 9;
+}
 
 template <class T>
 void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
@@ -179,6 +200,7 @@ void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
   const Fenced<float> device_query(static_cast<size_t>(batch) * queries);
 
   auto p = problem.template with_norm<ProjectStep>();
+  p.parts = problem.parts_of_x();
   p.weight = device_weight.data();
   p.bias = device_bias.data();
   p.query_heads = s.query_heads;
@@ -260,6 +282,7 @@ void test_add(const Problem<T>& problem, int inputs, bool with_bias, unsigned se
   p.inputs = inputs;
   p.outputs = outputs;
   p.x = device_x.data();
+  p.parts = problem.parts_of_x();
   add_step(p, kPlain);
 
   const auto x = device_x.get();
@@ -273,8 +296,9 @@ void test_add(const Problem<T>& problem, int inputs, bool with_bias, unsigned se
       }
       const Dot sum = dot(weight, output, &exact[static_cast<size_t>(row) * inputs], inputs);
       const double added = with_bias ? static_cast<float>(bias[output]) : 0.0;
-      CHECK_CLOSE(x[at], problem.x[at] + sum.value + added,
-                  1e-5 * (sum.magnitude + std::fabs(problem.x[at]) + std::fabs(added)));
+      CHECK_CLOSE(x[at], problem.whole[at] + sum.value + added,
+                  1e-5 * (sum.magnitude + std::fabs(problem.x[at]) + std::fabs(added) +
+                          problem.part_count));
     }
   }
 }
@@ -314,6 +338,50 @@ void test_gate(const Problem<T>& problem, unsigned seed) {
   }
 }
 
+// Gate, up and down in one kernel, where the device and the sizes allow it.
+template <class T>
+void test_mlp(const Problem<T>& problem, int cluster, unsigned seed) {
+  const Sizes& s = problem.sizes;
+  const size_t count = static_cast<size_t>(s.intermediate) * s.width;
+  const auto gate = gpu::normal<T>(count, seed, 0.1f), up = gpu::normal<T>(count, seed + 1, 0.1f);
+  const auto down = gpu::normal<T>(count, seed + 2, 0.1f);
+  const Fenced<T> device_gate(gate), device_up(up), device_down(down);
+
+  auto p = problem.template with_norm<MlpStep>();
+  p.intermediate_size = s.intermediate;
+  p.gate = device_gate.data();
+  p.up = device_up.data();
+  p.down = device_down.data();
+  p.cluster = cluster;
+  const int parts = mlp_parts(p);
+  CHECK((parts == 0) == (!on_hopper() || s.width > kPartPitch));
+  if (parts == 0) return;
+  const Fenced<float> device_parts(static_cast<size_t>(parts) * kPartPitch);
+  p.parts = device_parts.data();
+  mlp_row(p, kPlain);
+
+  const auto got = device_parts.get();
+  for (int part = 0; part < parts; ++part) {
+    for (int i = 0; i < kPartPitch; ++i) {
+      const bool written = problem.live(0) && i < s.width;
+      CHECK(Fenced<float>::untouched(got[part * kPartPitch + i]) != written);
+    }
+  }
+  if (!problem.live(0)) return;
+  std::vector<double> hidden;
+  for (int i = 0; i < s.intermediate; ++i) {
+    const double g = dot(gate, i, problem.folded_row(0), s.width).value;
+    const double u = dot(up, i, problem.folded_row(0), s.width).value;
+    hidden.push_back(static_cast<float>(T(static_cast<float>(g / (1 + std::exp(-g)) * u))));
+  }
+  for (int output = 0; output < s.width; ++output) {
+    const Dot sum = dot(down, output, hidden.data(), s.intermediate);
+    double all = 0;
+    for (int part = 0; part < parts; ++part) all += got[part * kPartPitch + output];
+    CHECK_CLOSE(all, sum.value, sum.tolerance<T>());
+  }
+}
+
 // Checks candidates against the logits themselves.
 void check_candidates(const std::vector<Candidate>& candidates, const std::vector<float>& logits) {
   size_t expected = 0;
@@ -349,6 +417,7 @@ void test_head(const Problem<T>& problem, Embed kind, unsigned seed) {
   const Fenced<Candidate> device_candidates(problem.batch * blocks);
 
   auto p = problem.template with_norm<HeadStep>();
+  p.parts = problem.parts_of_x();
   p.vocab_size = s.vocab;
   p.embed = device_embed.data();
   p.logits = device_logits.data();
@@ -400,6 +469,16 @@ void test(const Sizes& sizes, const std::vector<int>& batches, unsigned seed) {
     }
     test_project(problem, false, seed + 70);
     test_project(problem, true, seed + 80);
+    if (batch > 1) continue;
+    for (const int cluster : {8, 16}) test_mlp(problem, cluster, seed + 90 + cluster);
+    // What the one leaves, the others add.
+    for (const int parts : {1, kFewParts, kMostParts}) {
+      if (sizes.width > kPartPitch) break;
+      Problem<T> with_parts(sizes, 1, seed += 100, parts);
+      test_add(with_parts, sizes.query_heads * sizes.head_dim, true, seed + 10);
+      test_project(with_parts, false, seed + 20);
+      test_head(with_parts, Embed::random, seed + 30);
+    }
   }
 }
 
@@ -411,6 +490,7 @@ void test_stopped() {
   problem.device_states.set(problem.states);
   test_add(problem, 40, false, 2);
   test_gate(problem, 3);
+  for (const int cluster : {8, 16}) test_mlp(problem, cluster, 6);
   test_head(problem, Embed::random, 4);
   test_project(problem, false, 5);
 }
@@ -438,8 +518,15 @@ void bench(const char* name, const Sizes& s, int batch) {
   constexpr int kLayers = 8;
   const int64_t heads = s.query_heads + 2 * s.kv_heads, qkv = heads * s.head_dim;
   const int64_t width = s.width, vocab = s.vocab;
-  const int64_t sizes[] = {qkv * width, width * width, 2 * s.intermediate * width,
-                           s.intermediate * width, vocab * width};
+  const int64_t mlp_size = 3 * s.intermediate * width;
+  const int64_t sizes[] = {qkv * width,
+                           width * width,
+                           2 * s.intermediate * width,
+                           s.intermediate * width,
+                           vocab * width,
+                           mlp_size,
+                           mlp_size,
+                           mlp_size};
   std::vector<SequenceState> states(batch);
   for (auto& state : states) {
     state.last = 1000;
@@ -454,6 +541,7 @@ void bench(const char* name, const Sizes& s, int batch) {
   const gpu::Array<bf16> hidden(int64_t{batch} * s.intermediate);
   const gpu::Array<float> query(batch * width), logits(batch * vocab);
   const gpu::Array<Candidate> candidates(int64_t{batch} * head_candidates(s.vocab));
+  const gpu::Array<float> parts(gpu::normal<float>(kMostParts * kPartPitch, 4));
 
   const auto with_norm = [&](auto p) {
     p.batch = batch;
@@ -487,30 +575,45 @@ void bench(const char* name, const Sizes& s, int batch) {
   auto gate = with_norm(GateStep{});
   gate.intermediate_size = s.intermediate;
   gate.hidden = hidden.data();
+  auto mlp = with_norm(MlpStep{});
+  mlp.intermediate_size = s.intermediate;
+  mlp.parts = parts.data();
   auto head = with_norm(HeadStep{});
   head.vocab_size = s.vocab;
   head.logits = logits.data();
   head.candidates = candidates.data();
 
   // `copies` of the weights, in the order of `sizes`.
-  std::vector<std::unique_ptr<Copies>> weights(5);
+  enum { kQkv, kOut, kGate, kDown, kHead, kTwo, kMlp8, kMlp16, kKernels };
+  const char* const kernels[] = {"qkv",
+                                 "out",
+                                 "gate/up",
+                                 "down",
+                                 "head",
+                                 "gate/up, then down",
+                                 "mlp, clusters of 8",
+                                 "mlp, clusters of 16"};
+  const int last = batch == 1 && on_hopper() ? kKernels : kTwo + 1;
+  std::vector<std::unique_ptr<Copies>> weights(kKernels);
   const auto run = [&](int kernel, cudaStream_t stream) {
     const Launch how{stream, true};
     const bf16* const weight = weights[kernel]->next();
-    project.weight = out.weight = down.weight = gate.gate = head.embed = weight;
-    gate.up = weight + s.intermediate * width;
-    if (kernel == 0) project_step(project, how);
-    if (kernel == 1) add_step(out, how);
-    if (kernel == 2) gate_step(gate, how);
-    if (kernel == 3) add_step(down, how);
-    if (kernel == 4) head_step(head, how);
+    project.weight = out.weight = down.weight = gate.gate = head.embed = mlp.gate = weight;
+    gate.up = mlp.up = weight + s.intermediate * width;
+    if (kernel >= kTwo) mlp.down = down.weight = weight + 2 * s.intermediate * width;
+    mlp.cluster = kernel == kMlp8 ? 8 : 16;
+    if (kernel == kQkv) project_step(project, how);
+    if (kernel == kOut) add_step(out, how);
+    if (kernel == kGate || kernel == kTwo) gate_step(gate, how);
+    if (kernel == kDown || kernel == kTwo) add_step(down, how);
+    if (kernel == kHead) head_step(head, how);
+    if (kernel >= kMlp8) mlp_row(mlp, how);
   };
-  const char* const kernels[] = {"qkv", "out", "gate/up", "down", "head"};
   const auto title = [&](const std::string& what) {
     return std::string(name) + " batch " + std::to_string(batch) + " " + what;
   };
   for (const bool cold : {false, true}) {
-    for (int kernel = 0; kernel < 5; ++kernel) {
+    for (int kernel = 0; kernel < last; ++kernel) {
       const size_t bytes = sizes[kernel] * sizeof(bf16);
       weights[kernel] =
           std::make_unique<Copies>(sizes[kernel], cold ? (150u << 20) / bytes + 1 : 1);
@@ -519,22 +622,39 @@ void bench(const char* name, const Sizes& s, int batch) {
                   us, static_cast<double>(bytes), 2.0 * batch * sizes[kernel]);
     }
   }
-  double all = 0;
-  for (int kernel = 0; kernel < 5; ++kernel) {
-    const int copies = kernel < 4 ? kLayers : 1;
-    weights[kernel] = std::make_unique<Copies>(sizes[kernel], copies);
-    all += static_cast<double>(copies * sizes[kernel]);
+  if (last > kMlp16) {  // the same with what an MLP leaves to be added
+    project.parts = out.parts = head.parts = {parts.data(), mlp_parts(mlp)};
+    for (const int kernel : {kQkv, kOut, kHead}) {
+      weights[kernel] = std::make_unique<Copies>(sizes[kernel], 1);
+      const double us = gpu::microseconds([&](cudaStream_t stream) { run(kernel, stream); }, 200);
+      gpu::report(title(kernels[kernel]) + " and parts, weights from L2", us,
+                  static_cast<double>(sizes[kernel] * sizeof(bf16)), 2.0 * sizes[kernel]);
+    }
+    project.parts = out.parts = head.parts = {};
   }
-  const double us = gpu::microseconds(
-      [&](cudaStream_t stream) {
-        for (int layer = 0; layer < kLayers; ++layer) {
-          for (int kernel = 0; kernel < 4; ++kernel) run(kernel, stream);
-        }
-        run(4, stream);
-      },
-      20);
-  gpu::report(title("8 layers and head, without attention"), us, all * sizeof(bf16),
-              2.0 * batch * all);
+  // Whole tokens, in which the kernels after the MLP add what it left.
+  for (int mlp_kernel = kTwo; mlp_kernel < last; ++mlp_kernel) {
+    double all = 0;
+    for (const int kernel : {int{kQkv}, int{kOut}, int{kHead}, mlp_kernel}) {
+      const int copies = kernel == kHead ? 1 : kLayers;
+      weights[kernel] = std::make_unique<Copies>(sizes[kernel], copies);
+      all += static_cast<double>(copies * sizes[kernel]);
+    }
+    mlp.cluster = mlp_kernel == kMlp8 ? 8 : 16;
+    const int count = mlp_kernel == kTwo ? 0 : mlp_parts(mlp);
+    const double us = gpu::microseconds(
+        [&](cudaStream_t stream) {
+          for (int layer = 0; layer < kLayers; ++layer) {
+            project.parts = out.parts = {parts.data(), layer == 0 ? 0 : count};
+            for (const int kernel : {int{kQkv}, int{kOut}, mlp_kernel}) run(kernel, stream);
+          }
+          head.parts = {parts.data(), count};
+          run(kHead, stream);
+        },
+        20);
+    gpu::report(title("8 layers and head, without attention, ") + kernels[mlp_kernel], us,
+                all * sizeof(bf16), 2.0 * batch * all);
+  }
 }
 
 }  // namespace

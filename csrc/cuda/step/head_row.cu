@@ -2,7 +2,7 @@
 // copies begin long before x exists.
 #include "../attention/row_copy.cuh"
 #include "candidate.cuh"
-#include "single_row.cuh"
+#include "folded_row.cuh"
 
 namespace tlinformer::cuda {
 namespace {
@@ -29,7 +29,7 @@ struct Places {
   }
 };
 
-template <class T>
+template <class T, int MOST>
 __global__ void __launch_bounds__(32 * kWarps)
     tlin_head_row(const __grid_constant__ HeadStep p, const __grid_constant__ Places places,
                   int candidates, float per_width) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   };
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) copy(stage);
-  FoldedRow<T, kWarps, kAhead> row(p.norm, p.x, width);
+  FoldedRow<T, kWarps, kAhead, MOST> row(p.norm, p.x, p.parts, width);
 
   wait_for_previous();
   row.start();
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 bool head_row(const HeadStep& p, int candidates, const Launch& how) {
   bool launched = false;
-  with_type(p.dtype, [&](auto type) {
-    const auto kernel = tlin_head_row<typename decltype(type)::type>;
+  const auto with = [&](auto type, auto most) {
+    const auto kernel = tlin_head_row<typename decltype(type)::type, decltype(most)::value>;
     const Places places(p.hidden_size);
     launched = compiled_for(kernel, 90) && places.end <= kMemory;
     if (!launched) return;
@@ -155,7 +155,9 @@ bool head_row(const HeadStep& p, int candidates, const Launch& how) {
     launch(how, kernel, "head_row", static_cast<unsigned>(blocks), 32 * kWarps,
            static_cast<size_t>(places.end), p, places, candidates,
            1.0f / static_cast<float>(p.hidden_size));
-  });
+  };
+  with_type(p.dtype,
+            [&](auto type) { with_most(p.parts.count, [&](auto most) { with(type, most); }); });
   return launched;
 }
 

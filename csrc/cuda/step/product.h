@@ -31,9 +31,17 @@ struct StepRows {
   const SequenceState* state = nullptr;
 };
 
+// Rows of float32 that are still to be added to a single sequence's x: (count, kPartPitch).
+struct Parts {
+  const float* rows = nullptr;
+  int count = 0;
+};
+constexpr int kPartPitch = 1024, kFewParts = 6, kMostParts = 12;
+
 // query, keys, values <- split(qkv norm(x) + bias); rotated, keys and values into the cache.
 struct ProjectStep : StepRows {
   const float* x = nullptr;  // (batch, D)
+  Parts parts{};
   int hidden_size = 0;
   Norm norm{};
   const void* weight = nullptr;  // ((Hq + 2 Hkv) d, D)
@@ -45,13 +53,14 @@ struct ProjectStep : StepRows {
 };
 void project_step(const ProjectStep& p, const Launch& how);
 
-// x <- x + input weight^T + bias (bias may be null).
+// x <- x + its parts + input weight^T + bias (bias may be null).
 struct AddStep : StepRows {
   const void* input = nullptr;   // (batch, inputs) of dtype
   const void* weight = nullptr;  // (outputs, inputs)
   const void* bias = nullptr;
   int inputs = 0, outputs = 0;
   float* x = nullptr;  // (batch, outputs)
+  Parts parts{};
 };
 void add_step(const AddStep& p, const Launch& how);
 
@@ -73,6 +82,7 @@ struct Candidate {
 };
 struct HeadStep : StepRows {
   const float* x = nullptr;
+  Parts parts{};
   int hidden_size = 0, vocab_size = 0;
   Norm norm{};
   const void* embed = nullptr;      // (V, D)
@@ -86,6 +96,17 @@ void head_step(const HeadStep& p, const Launch& how);
 void project_row(const ProjectStep& p, const Launch& how);
 void add_row(const AddStep& p, const Launch& how);
 void gate_row(const GateStep& p, const Launch& how);
+
+// Both products of an MLP: parts <- hidden down^T for each cluster's part of `hidden`, which is
+// rounded to dtype as gate_step does, but not stored.
+struct MlpStep : GateStep {
+  const void* down = nullptr;  // (D, F)
+  float* parts = nullptr;      // (mlp_parts(), kPartPitch)
+  int cluster = 16;            // blocks
+};
+int mlp_parts(const MlpStep& p);  // 0 where the device or the sizes do not allow it
+void mlp_row(const MlpStep& p, const Launch& how);
+
 // False, and nothing is launched, where the device or the width does not allow it.
 bool head_row(const HeadStep& p, int candidates, const Launch& how);
 

@@ -2,8 +2,6 @@
 // previous kernel is kept short, in instructions, each of which is about six cycles of the token.
 #pragma once
 
-#include <type_traits>
-
 #include "product.h"
 #include "weight_stream.cuh"
 
@@ -32,6 +30,19 @@ __device__ inline uint32_t load_word(const void* from, bool inside) {
       : "+r"(word)
       : "l"(from), "r"(int{inside}));
   return word;
+}
+
+// A value that is found here, not behind the next branch, where it is used.
+__device__ inline uint32_t keep(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Past the L1 cache, and not later: the compiler would put off what is used in the end.
+__device__ inline int load_now(const int* from) {
+  int value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
 }
 
 // The sums of a tile with four vectors, as mma leaves them.
@@ -76,8 +87,8 @@ class RowWeights {
     for (int i = 0; i < AHEAD; ++i) load(i, i * WARPS);
   }
 
-  // `inputs` has started, too.
-  template <class Inputs>
+  // `inputs` has started, too. ONE_PASS: all slices are in flight.
+  template <bool ONE_PASS = false, class Inputs>
   __device__ void multiply(Inputs& inputs) {
     const int left = __shfl_sync(0xffffffffu, left_, 0);  // of the whole warp
 #pragma unroll 1
@@ -90,6 +101,7 @@ class RowWeights {
           sums_[m].template add<T>(words_[i][m][0], words_[i][m][1], b);
         }
       }
+      if (ONE_PASS) break;
       slices += AHEAD * WARPS;
       if (slices * kSlice >= left) break;
 #pragma unroll
@@ -146,110 +158,6 @@ class PlainRow {
   const T* from_;
   int left_;
   uint2 words_[AHEAD];
-};
-
-// Keeps x w of float16 from overflowing; what it then lacks for small values, vector 3 has.
-template <class T>
-constexpr float kShrink = std::is_same_v<T, f16> ? 1.0f / 64 : 1.0f;
-
-// A row of float32 through a LayerNorm. W (z w + b), where z = (x - mean) / deviation, is a sum of
-// products of W with x w, with w and with b. These cost nothing, as mma multiplies eight columns
-// anyway, and the mean and the deviation are found meanwhile. Vector 0 is x w in T, vector 3 what T
-// lost of it, so that a large mean, which is subtracted later, costs no precision; 1 and 2 are w,
-// b.
-template <class T, int WARPS, int AHEAD>
-class FoldedRow {
- public:
-  // Starts to fetch the parameters, which do not change within a token.
-  __device__ FoldedRow(const Norm& norm, const float* x, int width)
-      : x_(x + lane_.element),
-        parameters_(static_cast<const T*>(lane_.vector == 2 ? norm.bias : norm.weight) +
-                    lane_.element),
-        left_(width - lane_.element),
-        has_x_(lane_.vector == 0 || lane_.vector == 3),
-        less_(lane_.vector == 3 ? -1.0f : 0.0f) {
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) load_parameters(i, i * WARPS);
-  }
-  __device__ void start() {
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) load_x(i, i * WARPS);
-  }
-  __device__ void load(int i, int slices) {
-    load_parameters(i, slices);
-    load_x(i, slices);
-  }
-
-  __device__ uint2 at(int i) {
-    const auto word = [&](uint32_t words, float2 x) {
-      const float2 weight = unpack<T>(words);
-      sums_.x += x.x + x.y;
-      sums_.y += x.x * x.x;
-      sums_.y += x.y * x.y;
-      const float2 product = {kShrink<T> * x.x * weight.x, kShrink<T> * x.y * weight.y};
-      const float2 kept = unpack<T>(pack<T>(product.x, product.y));
-      const uint32_t own = pack<T>(product.x + less_ * kept.x, product.y + less_ * kept.y);
-      return has_x_ ? own : words;
-    };
-    return {word(parameter_[i].x, x_ahead_[i][0]), word(parameter_[i].y, x_ahead_[i][1])};
-  }
-
-  // The warp's sums of x and of its squares, in lanes 0 ... 3 and 16 ... 19.
-  __device__ float2 measures() const {
-    float2 sums = sums_;
-#pragma unroll
-    for (const int other : {1, 2, 16}) {
-      sums.x += __shfl_xor_sync(0xffffffffu, sums.x, other);
-      sums.y += __shfl_xor_sync(0xffffffffu, sums.y, other);
-    }
-    return sums;
-  }
-
- private:
-  __device__ void load_parameters(int i, int slices) {
-    const int k = slices * kSlice;
-    parameter_[i] = {load_word(parameters_ + k, k < left_),
-                     load_word(parameters_ + k + kOtherWord, k < left_)};
-  }
-  __device__ void load_x(int i, int slices) {
-    const int k = slices * kSlice;
-    x_ahead_[i][0] = x_ahead_[i][1] = {0, 0};
-    if (has_x_ && k < left_) {
-      x_ahead_[i][0] = __ldcg(reinterpret_cast<const float2*>(x_ + k));
-      x_ahead_[i][1] = __ldcg(reinterpret_cast<const float2*>(x_ + k + kOtherWord));
-    }
-  }
-
-  LaneOfB lane_;
-  const float* x_;
-  const T* parameters_;  // this lane's vector
-  int left_;             // inputs from here on
-  bool has_x_;
-  float less_;
-  float2 sums_ = {0, 0};
-  uint2 parameter_[AHEAD];
-  float2 x_ahead_[AHEAD][2];
-};
-
-// W norm(x), from the sums of x and of its squares and from the products with a FoldedRow.
-template <class T>
-struct NormOf {
-  float mean, scale;
-
-  __device__ NormOf(float2 measures, float per_width, float epsilon)
-      : mean(measures.x * per_width) {
-    const float variance = fmaxf(measures.y * per_width - mean * mean, 0.0f);
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(variance + epsilon));
-  }
-  __device__ float apply(float4 sum) const {
-    return scale * ((sum.x + sum.w) / kShrink<T> - mean * sum.y) + sum.z;
-  }
-  // Of the sums that two neighbouring lanes have, to both.
-  __device__ float apply(float2 own) const {
-    const float part = threadIdx.x % 2 == 0 ? scale * (own.x / kShrink<T> - mean * own.y)
-                                            : own.x + scale * (own.y / kShrink<T>);
-    return part + __shfl_xor_sync(0xffffffffu, part, 1);
-  }
 };
 
 }  // namespace tlinformer::cuda::step

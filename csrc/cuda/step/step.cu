@@ -41,19 +41,20 @@ void Step::push(const Launch& first) const {
     how.early = true;
     return now;
   };
+  Parts parts;
   for (const Verb& verb : window_.verbs) {
     switch (verb.kind) {
       case Verb::Kind::project:
-        project(verb, next());
+        project(verb, parts, next());
         break;
       case Verb::Kind::attend:
         attend(verb, next());
         break;
       case Verb::Kind::finish:
-        finish(verb, next());
+        parts = finish(verb, parts, next());
         break;
       case Verb::Kind::head:
-        head(next());
+        head(parts, next());
         break;
       default:  // the sampler has stored x
         break;
@@ -61,11 +62,12 @@ void Step::push(const Launch& first) const {
   }
 }
 
-void Step::project(const Verb& verb, const Launch& how) const {
+void Step::project(const Verb& verb, const Parts& parts, const Launch& how) const {
   const LayerWeights& layer = m_.layer(verb);
   const CachedRows window = m_.rows(Cache::window, verb);
   auto p = of_rows<ProjectStep>();
   p.x = at<const float>(w_.step_x);
+  p.parts = parts;
   p.hidden_size = m_.hidden();
   p.norm = m_.norm(layer.attn_norm_weight, layer.attn_norm_bias);
   p.weight = layer.qkv_proj_weight;
@@ -109,9 +111,8 @@ void Step::attend(const Verb& verb, const Launch& how) const {
   decode_attention(a, how);
 }
 
-void Step::finish(const Verb& verb, const Launch& how) const {
+Parts Step::finish(const Verb& verb, const Parts& parts, const Launch& how) const {
   const LayerWeights& layer = m_.layer(verb);
-  const Launch early{how.stream, true};
   auto out = of_rows<AddStep>();
   out.input = at<const void>(w_.attended);
   out.weight = layer.out_proj_weight;
@@ -119,28 +120,43 @@ void Step::finish(const Verb& verb, const Launch& how) const {
   out.inputs = static_cast<int>(m_.c.query_dim());
   out.outputs = m_.hidden();
   out.x = at<float>(w_.step_x);
+  out.parts = parts;
   add_step(out, how);
-  auto gate = of_rows<GateStep>();
-  gate.x = at<const float>(w_.step_x);
-  gate.hidden_size = m_.hidden();
-  gate.intermediate_size = m_.inner();
-  gate.norm = m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
-  gate.gate = layer.gate_proj_weight;
-  gate.up = layer.up_proj_weight;
-  gate.hidden = at<void>(w_.hidden);
-  gate_step(gate, early);
-  auto down = of_rows<AddStep>();
-  down.input = at<const void>(w_.hidden);
-  down.weight = layer.down_proj_weight;
-  down.inputs = m_.inner();
-  down.outputs = m_.hidden();
-  down.x = at<float>(w_.step_x);
-  add_step(down, early);
+  return mlp(verb, {how.stream, true});
 }
 
-void Step::head(const Launch& how) const {
+Parts Step::mlp(const Verb& verb, const Launch& how) const {
+  const LayerWeights& layer = m_.layer(verb);
+  auto p = of_rows<MlpStep>();
+  p.x = at<const float>(w_.step_x);
+  p.hidden_size = m_.hidden();
+  p.intermediate_size = m_.inner();
+  p.norm = m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
+  p.gate = layer.gate_proj_weight;
+  p.up = layer.up_proj_weight;
+  p.down = layer.down_proj_weight;
+  p.parts = at<float>(w_.parts);
+  const int parts = p.batch == 1 ? mlp_parts(p) : 0;
+  if (parts > 0) {
+    mlp_row(p, how);
+    return {p.parts, parts};
+  }
+  p.hidden = at<void>(w_.hidden);
+  gate_step(p, how);
+  auto down = of_rows<AddStep>();
+  down.input = p.hidden;
+  down.weight = p.down;
+  down.inputs = p.intermediate_size;
+  down.outputs = m_.hidden();
+  down.x = at<float>(w_.step_x);
+  add_step(down, {how.stream, true});
+  return {};
+}
+
+void Step::head(const Parts& parts, const Launch& how) const {
   auto p = of_rows<HeadStep>();
   p.x = at<const float>(w_.step_x);
+  p.parts = parts;
   p.hidden_size = m_.hidden();
   p.vocab_size = m_.vocab();
   p.norm = m_.norm(m_.weights.norm_weight, m_.weights.norm_bias);

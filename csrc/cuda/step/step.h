@@ -16,14 +16,17 @@ class Step {
   // x through all layers to the logits, for live sequences; `first` follows no other kernel.
   void push(const Launch& first) const;
   // x to the logits alone.
-  void head(const Launch& how) const;
+  void head(const Launch& how) const { head({}, how); }
 
   void set_ring(int32_t* ring, int64_t rows);
 
  private:
-  void project(const Verb& verb, const Launch& how) const;
+  // What is still to be added to x goes from one to the next.
+  void project(const Verb& verb, const Parts& parts, const Launch& how) const;
   void attend(const Verb& verb, const Launch& how) const;
-  void finish(const Verb& verb, const Launch& how) const;
+  Parts finish(const Verb& verb, const Parts& parts, const Launch& how) const;
+  Parts mlp(const Verb& verb, const Launch& how) const;
+  void head(const Parts& parts, const Launch& how) const;
 
   template <class P>
   P of_rows() const {
