@@ -305,11 +305,27 @@ def test_bfloat16_autocast_is_close(device: torch.device, small_model: MakeModel
     assert (model(ids).float() - exact).abs().max() < 0.1 * scale
 
 
+@pytest.mark.parametrize("vocab_size", [53, 64, 65])
+@pytest.mark.parametrize("cls", [TLinFormerForCausalLM, TransformerForCausalLM])
+def test_loss_and_its_gradients_are_those_of_the_logits(
+    cls: type[CausalLM], vocab_size: int
+) -> None:
+    model = make_model(make_config(vocab_size=vocab_size), dtype=torch.float32, cls=cls)
+    ids = make_ids(model.config, 2, 23)
+    plain = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    loss = model(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_torch_compile_has_no_graph_break(device: torch.device, small_model: MakeModel) -> None:
     model = small_model(num_key_value_heads=1).to(device)
     ids = make_ids(model.config, 1, 14).to(device)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(ids), model(ids), rtol=0, atol=1e-12)
+    torch.testing.assert_close(compiled(ids, ids), model(ids, ids))
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,19 @@ def test_evaluation_equals_a_direct_computation(config, architecture, count, bat
     )
 
 
+def test_evaluation_of_a_part_takes_chunks_from_all_over_the_text(config):
+    corpus = recipe.prepare_corpus(config)
+    model = build_model("transformer", corpus.model_config).eval()
+    tokens = corpus.valid.array()[: 10 * 24 + 5]
+    result = evaluate(model, tokens, 24, batch_size=2, max_tokens=50)
+    assert result["tokens"] == 3 * 24
+    chunks = [tokens[24 * n : 24 * n + 25] for n in (0, 3, 7)]
+    alone = [evaluate(model, chunk, 24)["loss"] for chunk in chunks]
+    assert result["loss"] == pytest.approx(np.mean(alone), rel=1e-6)
+    whole = evaluate(model, tokens, 24)
+    assert evaluate(model, tokens, 24, max_tokens=len(tokens))["loss"] == whole["loss"]
+
+
 def test_evaluation_refuses_what_it_cannot_score(config):
     model = build_model("transformer", recipe.prepare_corpus(config).model_config)
     with pytest.raises(ValueError, match="cannot score 1 tokens"):

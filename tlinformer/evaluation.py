@@ -18,11 +18,12 @@ def evaluate(
     sequence_length: int,
     *,
     batch_size: int = 16,
+    max_tokens: int | None = None,
     byte_lengths: np.ndarray | None = None,
     dtype: torch.dtype | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores every token but the first exactly once.
+    """Scores every token but the first exactly once, or with ``max_tokens`` a part of them.
 
     The tokens are cut into consecutive chunks of ``sequence_length`` targets (the last one may be
     shorter). A target sees the tokens of its own chunk before it, 1 … ``sequence_length`` of them,
@@ -32,6 +33,7 @@ def evaluate(
     Args:
         model: maps (B, L) int64 to logits (B, L, V); its ``config`` has ``vocab_size``.
         tokens: (N,) integers, N ≥ 2.
+        max_tokens: score only so many, rounded up to whole chunks at even distances.
         byte_lengths: (V,) bytes of text a token stands for, see ``data.token_byte_lengths``.
         dtype: autocast type of the forward pass; None computes in the parameters' own type.
         on_progress: called with the number of tokens scored since the last call.
@@ -52,40 +54,41 @@ def evaluate(
     if (largest := int(np.max(tokens))) >= vocab_size:
         raise ValueError(f"token {largest} is outside the model's vocabulary of {vocab_size}")
     device = next(model.parameters()).device
-    scored, total = len(tokens) - 1, 0.0
-    whole = scored // sequence_length
+    starts = np.arange(0, len(tokens) - 1, sequence_length)
+    if max_tokens is not None and (keep := math.ceil(max_tokens / sequence_length)) < len(starts):
+        starts = starts[np.arange(keep) * len(starts) // keep]
+    whole = [start for start in starts if start + sequence_length < len(tokens)]
+    # The shorter rest is a batch of its own.
+    groups = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
+    groups += [[start] for start in starts[len(whole) :]]
+    total, scored, text_bytes = 0.0, 0, 0
     was_training = model.training
     model.eval()
     try:
-        # Groups of whole chunks, then the shorter rest as a batch of one.
-        spans = [
-            (first * sequence_length, min(batch_size, whole - first), sequence_length)
-            for first in range(0, whole, batch_size)
-        ]
-        if rest := scored % sequence_length:
-            spans.append((whole * sequence_length, 1, rest))
-        for start, rows, length in spans:
-            flat = np.asarray(tokens[start : start + rows * length + 1], dtype=np.int64)
-            ids = torch.from_numpy(flat).to(device)
+        for group in groups:
+            rows = np.stack([tokens[start : start + sequence_length + 1] for start in group])
+            ids = torch.from_numpy(rows.astype(np.int64)).to(device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = model(ids[:-1].view(rows, length))
+                logits = model(ids[:, :-1])
             # One row at a time: a float32 copy of all logits would be the largest allocation.
             losses = [
                 F.cross_entropy(row.float(), target, reduction="sum")
-                for row, target in zip(logits, ids[1:].view(rows, length), strict=True)
+                for row, target in zip(logits, ids[:, 1:], strict=True)
             ]
             total += math.fsum(torch.stack(losses).tolist())
+            scored += rows[:, 1:].size
+            if byte_lengths is not None:
+                text_bytes += int(byte_lengths[rows[:, 1:]].sum())
             if on_progress:
-                on_progress(rows * length)
+                on_progress(rows[:, 1:].size)
     finally:
         model.train(was_training)
     loss = total / scored
-    text_bytes = None if byte_lengths is None else int(byte_lengths[tokens[1:]].sum())
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": total / math.log(2) / text_bytes if text_bytes else None,
         "tokens": scored,
-        "bytes": text_bytes,
+        "bytes": None if byte_lengths is None else text_bytes,
         "sequence_length": sequence_length,
     }

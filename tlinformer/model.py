@@ -118,6 +118,27 @@ class Block(nn.Module):
         return restore.finish(y, o)
 
 
+def next_token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in float32, of the logits `hidden` · `head`ᵀ.
+
+    Compiled, it stores the logits once, in their own type.
+
+    Args:
+        hidden: (B, L, D).
+        head: (V, D).
+        targets: (B, L) integers in 0 ... V - 1.
+    """
+    vocab_size = head.size(0)
+    # With GPT-2's 50257 logits a row cuBLAS has only old kernels, five times as slow.
+    head = F.pad(head, (0, 0, 0, -vocab_size % 64))
+    logits = F.linear(hidden.flatten(0, 1), head)
+    if len(head) > vocab_size:
+        # Masked, not cut off: rows that begin at multiples of 64 are read 16 bytes at a time.
+        added = torch.arange(len(head), device=head.device) >= vocab_size
+        logits = logits.masked_fill(added, -math.inf)
+    return F.cross_entropy(logits.float(), targets.flatten())
+
+
 class CausalLM(nn.Module):
     """Embedding, blocks, final norm and tied head; `hidden_states` runs the blocks."""
 
@@ -160,21 +181,24 @@ class CausalLM(nn.Module):
         """Token ids (B, L), integers -> (B, L, D): what the head turns into logits."""
         raise NotImplementedError
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """The logits that predict the token after every position.
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The logits that predict the token after every position, or their loss.
 
         Args:
             input_ids: (B, L) int64 or int32, in 0 ... vocab_size - 1; L >= 1.
+            targets: (B, L) int64, the tokens to predict.
 
         Returns:
-            (B, L, V), differentiable.
+            Logits (B, L, V); given `targets`, their mean cross-entropy (nats, float32), which
+            stores no logits in float32 if compiled. Both are differentiable.
 
         Raises:
             ValueError: wrong shape or dtype, no tokens, ids out of range. (On a GPU ids are not
                 checked while training: the check would wait for the device.)
         """
         self._check_ids(input_ids)
-        return F.linear(self.hidden_states(input_ids), self.embed_tokens.weight)
+        hidden, head = self.hidden_states(input_ids), self.embed_tokens.weight
+        return F.linear(hidden, head) if targets is None else next_token_loss(hidden, head, targets)
 
     def _check_ids(self, ids: Tensor) -> None:
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):

@@ -81,7 +81,7 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "Largest norm of the gradient.")
     eval_interval: int = setting(250, "Steps between two scorings of the held-out text.")
     eval_tokens: int | None = setting(
-        None, "Score only so many tokens of the held-out text (default: all)."
+        None, "Score only so many tokens of the held-out text, from all over it (default: all)."
     )
     patience: int = setting(
         0, "Stop after so many scorings without improvement; 0 never does.", free=True

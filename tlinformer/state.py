@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import distributed
@@ -25,11 +24,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-
-
-def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in float32: logits (B, L, V), targets (B, L)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 class TrainState:
@@ -67,8 +61,6 @@ class TrainState:
         self.forward = distributed.parallelize(
             self.model, config.strategy, self.device, config.compile
         )
-        # Compiled by itself, since the model may be wrapped: float32 logits are never stored then.
-        self.loss = torch.compile(token_loss, dynamic=False) if config.compile else token_loss
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.learning_rate,
@@ -105,8 +97,7 @@ class TrainState:
             self.seed_dropout(first)
             first += len(rows)
             with torch.autocast(self.device.type, self.autocast, enabled=bool(self.autocast)):
-                logits = self.forward(rows[:, :-1])
-            loss = self.loss(logits, rows[:, 1:])
+                loss = self.forward(rows[:, :-1], rows[:, 1:])
             # The sum over parts and processes is the mean over the whole batch; of the processes'
             # gradients, however, backward leaves the mean.
             loss = loss * (len(rows) / config.batch_size)

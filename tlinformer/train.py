@@ -184,13 +184,14 @@ class _Run(TrainState):
         """
         if self.corpus.valid is None:
             return self.keep_weights()
-        tokens = self.corpus.valid.array()[: self.config.eval_tokens]
-        task = self.progress.add_task("scoring", total=len(tokens) - 1)
+        tokens, limit = self.corpus.valid.array(), self.config.eval_tokens
+        task = self.progress.add_task("scoring", total=min(limit or math.inf, len(tokens) - 1))
         result = evaluate(
             self.model,
             tokens,
             self.config.sequence_length,
             batch_size=self.config.micro_batch_size or self.share,
+            max_tokens=limit,
             byte_lengths=self.byte_lengths,
             dtype=self.autocast,
             on_progress=lambda count: self.progress.advance(task, count),
