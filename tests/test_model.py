@@ -137,6 +137,16 @@ def test_logits_do_not_depend_on_grouping(
     assert (len(groups) > 1) == (budget < 10**9)
 
 
+@pytest.mark.parametrize("cls", [TLinFormerForCausalLM, TransformerForCausalLM])
+def test_rows_from_a_position_on_are_those_of_all(cls: type[CausalLM]) -> None:
+    model = make_model(make_config(), cls=cls)
+    ids = make_ids(model.config, 2, 22)
+    whole = model.hidden_states(ids)
+    for first in (3, 4, 13, 21):
+        part = model.hidden_states(ids, first)
+        torch.testing.assert_close(part, whole[:, first:], rtol=0, atol=1e-12)
+
+
 def test_positions_ignore_the_future_and_the_batch(small_model: MakeModel) -> None:
     model = small_model()
     ids = make_ids(model.config, 3, 22)

@@ -14,8 +14,8 @@ class TransformerForCausalLM(CausalLM):
     The windows of the config have no effect. Its attention is PyTorch's own everywhere.
     """
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, L), integers -> (B, L, D): what the head turns into logits."""
+    def hidden_states(self, input_ids: Tensor, first: int = 0) -> Tensor:
+        """Token ids (B, L), integers -> (B, L - first, D): what the head turns into logits."""
         x = self.embed_tokens(input_ids)
         rope, rows = rope_table(self.config, x.size(1), x), [(0, x.size(1))]
         dropout = self.config.dropout if self.training else 0.0
@@ -23,4 +23,4 @@ class TransformerForCausalLM(CausalLM):
             for layer in block.layers:
                 q, k, v = layer.project(x, rope)
                 x = layer.finish(x, attend(q, k, v, rows, rows, [(0, 0)], dropout))
-        return self.norm(x)
+        return self.norm(x[:, first:])

@@ -177,8 +177,12 @@ class CausalLM(nn.Module):
             if isinstance(module, Layer):
                 module.gradient_checkpointing = on
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, L), integers -> (B, L, D): what the head turns into logits."""
+    def hidden_states(self, input_ids: Tensor, first: int = 0) -> Tensor:
+        """Token ids (B, L), integers -> (B, L - first, D): what the head turns into logits.
+
+        Args:
+            first: position of the first row that is wanted, below L.
+        """
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -249,27 +253,30 @@ class TLinFormerForCausalLM(CausalLM):
 
     history_row_budget = 65536
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B, L), integers -> (B, L, D): what the head turns into logits."""
+    def hidden_states(self, input_ids: Tensor, first: int = 0) -> Tensor:
+        """Token ids (B, L), integers -> (B, L - first, D): what the head turns into logits.
+
+        Windows that end before position `first` cost nothing but their share of a history.
+        """
         x = self.embed_tokens(input_ids)
         rope = rope_table(self.config, input_ids.size(1), x)
         # Block 0's history and windows are the same tokens: one projection serves all windows.
         qkv = self.blocks[0].layers[0].project(x, rope)
         done = []
-        for windows in self._groups(*input_ids.shape):
+        for windows in self._groups(*input_ids.shape, first):
             stream, rows = x, windows.tokens
             for block in self.blocks:
                 last = block is self.blocks[-1]
                 stream = block(stream, rows, qkv if stream is x else None, rope, windows, last)
                 rows = windows.outer
             done.append(stream)
-        return self.norm(torch.cat(done, 1))
+        return self.norm(torch.cat(done, 1)[:, first % self.config.generation_window :])
 
-    def _groups(self, batch: int, length: int) -> list[Windows]:
+    def _groups(self, batch: int, length: int, first: int) -> list[Windows]:
         budget = math.inf if torch.is_grad_enabled() else self.history_row_budget
         groups: list[list[int]] = [[]]
-        rows = 0
-        for start in range(0, length, self.config.generation_window):
+        rows, size = 0, self.config.generation_window
+        for start in range(first // size * size, length, size):
             rows += batch * start
             if rows > budget and groups[-1]:
                 groups.append([])

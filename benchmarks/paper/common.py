@@ -7,26 +7,40 @@ benchmarks/recipes/paper, its seed and what the experiment varies differ.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import gc
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tlinformer.cli.train import read_recipe
-from tlinformer.data import TokenFile, load_tokenizer, read_text, tokenize_files
-from tlinformer.recipe import resolve_device
+from tlinformer.data import (
+    TokenFile,
+    load_tokenizer,
+    read_text,
+    token_byte_lengths,
+    tokenize_files,
+)
+from tlinformer.evaluation import evaluate
+from tlinformer.recipe import autocast_dtype, load_model, prepare_corpus, resolve_device
 from tlinformer.settings import TrainConfig
+from tlinformer.state import TrainState
 from tlinformer.train import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = ROOT / "benchmarks/recipes/paper"
 sys.path.append(str(ROOT / "benchmarks"))
-TOKENS_PER_STEP = 65536  # the paper's 256 sequences would leave too few steps of this text
+TOKENS_PER_STEP = 32768  # the paper's 256 sequences would leave too few steps of this text
+SCORED = 131072  # held-out tokens of a point of a curve; a finished run is scored on all
+POINTS = 6  # of a curve
 LEARNING_RATE = 1e-3  # the paper's 3e-4 goes with four times the batch and more steps
 SMOKE = 16  # lengths and windows are so many times smaller with --smoke
 
@@ -46,8 +60,13 @@ class Run:
         return f"{self.name}-seed{self.seed}"
 
 
-def arguments(description: str | None, *, trains: bool = True) -> argparse.ArgumentParser:
-    """The options that all experiments have."""
+def arguments(
+    description: str | None, *, text: bool = True, epochs: float | None = None
+) -> argparse.ArgumentParser:
+    """The options that all experiments have, those that need text, and those that train on it.
+
+    ``epochs`` is a default.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -60,14 +79,25 @@ def arguments(description: str | None, *, trains: bool = True) -> argparse.Argum
     parser.add_argument("--only", nargs="+", help="runs to do, by id; finished ones are skipped")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--smoke", action="store_true", help="tiny models, seconds on a CPU")
-    if trains:
+    if text:
         parser.add_argument(
             "--data",
             type=Path,
             default=ROOT / "data",
             help="directory with {prose,docs}.{train,valid}.txt.xz and gpt2/",
         )
-        parser.add_argument("--epochs", type=float, default=5.0, help="passes over the text")
+        parser.add_argument(
+            "--tokens",
+            type=Path,
+            help="instead of --data: what an earlier call left in RUNS/tokens",
+        )
+    if epochs is not None:
+        parser.add_argument(
+            "--turns",
+            type=Path,
+            help="processes that name the same file compile at once and train in turn",
+        )
+        parser.add_argument("--epochs", type=float, default=epochs, help="passes over the text")
         parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     return parser
 
@@ -92,6 +122,15 @@ def write(args: argparse.Namespace, experiment: str, name: str, result: dict[str
 
 def text(args: argparse.Namespace) -> dict[str, Any]:
     """The token files of all runs, made once, and their tokenizer: settings of TrainConfig."""
+    folder = args.tokens or args.runs / "tokens"
+    if not args.tokens:
+        tokenize(args, folder)
+    made = {f"{split}_data": (str(folder / f"{split}.bin"),) for split in ("train", "valid")}
+    return {"tokenizer": str(folder / "tokenizer.json"), **made}
+
+
+def tokenize(args: argparse.Namespace, folder: Path) -> None:
+    """Writes what ``text`` finds in ``folder``, which works on other machines, too."""
     if args.smoke:
         tokenizer = ROOT / "models/tlinformer-prose-8m/tokenizer.json"
         source = args.runs / "smoke.txt"
@@ -107,9 +146,8 @@ def text(args: argparse.Namespace) -> dict[str, Any]:
         }
     vocabulary = load_tokenizer(tokenizer)
     for split, paths in files.items():
-        tokenize_files(vocabulary, paths, args.runs / "tokens" / f"{split}.bin")
-    made = {f"{split}_data": (str(args.runs / "tokens" / f"{split}.bin"),) for split in files}
-    return {"tokenizer": str(tokenizer), **made}
+        tokenize_files(vocabulary, paths, folder / f"{split}.bin")
+    vocabulary.save(str(folder / "tokenizer.json"))
 
 
 def settings(
@@ -123,7 +161,8 @@ def settings(
     length = run.sequence_length or values["sequence_length"]
     model = values["model"] | run.model
     steps, batch = round(args.epochs * tokens / TOKENS_PER_STEP), TOKENS_PER_STEP // length
-    values |= {"learning_rate": args.learning_rate, "micro_batch_size": max(1, batch // 2)}
+    values |= {"learning_rate": args.learning_rate, "micro_batch_size": batch}
+    values["eval_tokens"] = SCORED
     if args.smoke:
         length //= SMOKE
         windows = ("history_window", "generation_window")
@@ -136,7 +175,7 @@ def settings(
         "sequence_length": length,
         "batch_size": batch,
         "steps": steps,
-        "eval_interval": max(1, steps // 12),
+        "eval_interval": max(1, steps // POINTS),
         "seed": run.seed,
         "device": args.device,
         "output": str(args.runs / experiment / run.id),
@@ -144,32 +183,79 @@ def settings(
     return TrainConfig.from_dict(values | data)
 
 
+@contextmanager
+def turn(args: argparse.Namespace, config: TrainConfig) -> Iterator[None]:
+    """Compiles, then waits for the processes that share --turns: speeds are of a device alone."""
+    if not args.turns:
+        yield
+        return
+    state = TrainState(config, prepare_corpus(config))
+    state.model.train()
+    state.train_step()  # train() will find its code compiled
+    del state
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with args.turns.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+def score(config: TrainConfig) -> dict[str, Any]:
+    """The weights that a run kept, on all of the held-out text."""
+    device = resolve_device(config.device)
+    assert config.micro_batch_size
+    found = evaluate(
+        load_model(f"{config.output}/best", device=device),
+        TokenFile.load(config.valid_data[0]).array(),
+        config.sequence_length,
+        batch_size=config.micro_batch_size,
+        byte_lengths=token_byte_lengths(load_tokenizer(str(config.tokenizer))),
+        dtype=autocast_dtype(config.dtype, device),
+    )
+    return {f"valid_{k}": found[k] for k in ("loss", "perplexity", "bits_per_byte", "tokens")}
+
+
+def result_of(run: Run, config: TrainConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a finished run."""
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    speeds = sorted(line["tokens_per_second"] for line in curve if "loss" in line)
+    hidden = ("output", "device", "tokenizer", "train_data", "valid_data")
+    return {
+        "run": run.name,
+        "recipe": run.recipe,
+        "seed": config.seed,
+        "settings": {k: v for k, v in config.to_dict().items() if k not in hidden},
+        "training_tokens": config.steps * config.batch_size * config.sequence_length,
+        "final": {"step": summary["best_step"], **score(config)},
+        # The median leaves out what compiling and scoring cost.
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "seconds": summary["seconds"],
+        "parameters": summary["parameters"],
+        "curve": curve,
+    }
+
+
 def train_runs(args: argparse.Namespace, experiment: str, runs: Sequence[Run]) -> None:
     """Trains what has no results yet; a run that was stopped goes on where it was."""
-    by_id, data = {run.id: run for run in runs}, text(args)
+    by_id, data, compiled = {run.id: run for run in runs}, text(args), None
     for name in chosen(args, list(by_id)):
         if (args.results / experiment / f"{name}.json").is_file():
             print(f"{name}: done before")
             continue
-        config = settings(args, experiment, by_id[name], data)
-        saved = Path(config.output) / "checkpoint.pt"
-        summary = train(config, resume=saved.is_file(), console=Console(stderr=True))
-        lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-        curve = [json.loads(line) for line in lines]
-        speeds = sorted(line["tokens_per_second"] for line in curve if "loss" in line)
-        shown = {k: v for k, v in config.to_dict().items() if k not in ("output", "device")}
-        result = {
-            "run": by_id[name].name,
-            "recipe": by_id[name].recipe,
-            "seed": config.seed,
-            "settings": {k: v for k, v in shown.items() if not k.endswith(("_data", "tokenizer"))},
-            "training_tokens": config.steps * config.batch_size * config.sequence_length,
-            "final": next(line for line in reversed(curve) if "valid_loss" in line),
-            "best_valid_perplexity": summary["valid_perplexity"],
-            "best_step": summary["best_step"],
-            # The median leaves out what compiling and scoring cost.
-            "tokens_per_second": speeds[len(speeds) // 2],
-            "parameters": summary["parameters"],
-            "curve": curve,
-        }
+        run = by_id[name]
+        config = settings(args, experiment, run, data)
+        # Code is kept for a few shapes only, then nothing more is compiled.
+        shape = run.recipe, run.model, run.sequence_length
+        if shape != compiled:
+            torch.compiler.reset()
+        compiled = shape
+        with turn(args, config):
+            print(f"{name}: {config.steps:,} steps", flush=True)
+            saved = Path(config.output) / "checkpoint.pt"
+            summary = train(config, resume=saved.is_file(), console=Console(stderr=True))
+            result = result_of(run, config, summary)
+        final, speed = result["final"]["valid_perplexity"], result["tokens_per_second"]
+        print(f"{name}: perplexity {final:.2f}, {speed:,} tokens/s, {summary['seconds']:.0f} s")
         write(args, experiment, name, result)

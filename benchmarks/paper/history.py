@@ -2,8 +2,9 @@
 
     python benchmarks/paper/history.py --data data        # after parity.py
 
-Windows of tokens are taken at even distances through the held-out text; each is scored with the H
-tokens before it and nothing earlier, by models that parity.py trained. The second figure is the
+Windows of tokens are taken at even distances through those held-out documents that are longer than
+the longest history; each is scored with the H tokens of its document before it and nothing earlier,
+by models that parity.py trained. The second figure is the
 loss by position inside a generation window, beside the Transformer's on the same tokens: whether
 a context that was compressed at the window's beginning is staler at its end.
 """
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from common import SMOKE, arguments, chosen, text, write
 
-from tlinformer.data import TokenFile
+from tlinformer.data import END_OF_TEXT, TokenFile, load_tokenizer
 from tlinformer.recipe import load_model, resolve_device
 
 MODELS = ("base-1k-seed0", "1k-1k-0.5-seed0", "1k-512-0.5-seed0")
@@ -36,17 +37,30 @@ def losses(
     for start in starts:
         ids = tokens[start - history : start + window + 1]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            hidden = model.hidden_states(ids[None, :-1])[0, -window:]
+            hidden = model.hidden_states(ids[None, :-1], history)[0]
             logits = F.linear(hidden, model.embed_tokens.weight)
         found.append(F.cross_entropy(logits.float(), ids[-window:], reduction="none"))
     return torch.stack(found).double().cpu()
 
 
-def even_starts(count: int, first: int, last: int) -> list[int]:
-    """``count`` positions at even distances. Exits if the text is too short."""
-    if last - first < count:
-        raise SystemExit(f"the held-out text ends {first - last + count} tokens too early")
-    return [first + (last - first) * i // count for i in range(count)]
+def even_starts(
+    count: int, tokens: torch.Tensor, separator: int, before: int, after: int
+) -> list[int]:
+    """``count`` positions with so many tokens of their document before and after them.
+
+    Exits if no document is that long.
+    """
+    ends = [*(tokens == separator).nonzero().flatten().tolist(), len(tokens)]
+    begins = [0, *(end + 1 for end in ends[:-1])]
+    fits = [
+        torch.arange(begin + before, end - after)
+        for begin, end in zip(begins, ends, strict=True)
+        if end - after > begin + before
+    ]
+    if not fits:
+        raise SystemExit(f"no held-out document has {before + after} tokens")
+    places = torch.cat(fits)
+    return places[torch.arange(count) * len(places) // count].tolist()
 
 
 if __name__ == "__main__":
@@ -55,7 +69,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     device, shrink = resolve_device(args.device), SMOKE if args.smoke else 1
     scored, windows = SCORED // shrink, min(args.windows, 4 if args.smoke else args.windows)
-    file = TokenFile.load(text(args)["valid_data"][0])
+    data = text(args)
+    file = TokenFile.load(data["valid_data"][0])
+    separator = load_tokenizer(data["tokenizer"]).token_to_id(END_OF_TEXT)
     tokens = torch.from_numpy(file.array().astype("int64")).to(device)
     histories = [history // shrink for history in HISTORIES]
     for name in chosen(args, MODELS):
@@ -63,7 +79,7 @@ if __name__ == "__main__":
         if not folder.is_dir():
             raise SystemExit(f"{folder} is missing; train it: parity.py --only {name}")
         model = load_model(str(folder), device=device).float()
-        starts = even_starts(windows, max(histories), len(tokens) - scored - 1)
+        starts = even_starts(windows, tokens, separator, max(histories), scored + 1)
         rows = []
         for history in histories:
             each = losses(model, tokens, starts, history, scored).mean(1)
@@ -77,7 +93,7 @@ if __name__ == "__main__":
             )
             print(f"{name} history {history:>6,} perplexity {rows[-1]['perplexity']:.2f}")
         length, history = 512 // shrink, POSITION_HISTORY // shrink
-        starts = even_starts(windows, history, len(tokens) - length - 1)
+        starts = even_starts(windows, tokens, separator, history, length + 1)
         by_position = losses(model, tokens, starts, history, length).mean(0)
         result = {
             "model": name,

@@ -117,7 +117,7 @@ def score(args: argparse.Namespace, model: Any, length: int) -> list[dict[str, f
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, trains=False)
+    parser = arguments(__doc__, text=False)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--tokens-per-step", type=int, default=32768)
     parser.add_argument("--scored", type=int, default=256, help="sequences scored of each length")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from common import Run, arguments, train_runs
 
 RUNS = ("base-512", "base-1k", "512-512-0.5", "1k-1k-0.5", "1k-512-0.5")
-PAIR, SEEDS = ("base-1k", "1k-1k-0.5"), (1, 2)  # more seeds, for the spread
+PAIR, SEEDS = ("base-1k", "1k-1k-0.5"), (1,)  # one more seed, for the spread
 
 
 def runs() -> list[Run]:
@@ -17,4 +17,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    train_runs(arguments(__doc__).parse_args(), "parity", runs())
+    train_runs(arguments(__doc__, epochs=1.3).parse_args(), "parity", runs())
