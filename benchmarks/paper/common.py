@@ -92,11 +92,6 @@ def arguments(
             help="instead of --data: what an earlier call left in RUNS/tokens",
         )
     if epochs is not None:
-        parser.add_argument(
-            "--turns",
-            type=Path,
-            help="processes that name the same file compile at once and train in turn",
-        )
         parser.add_argument("--epochs", type=float, default=epochs, help="passes over the text")
         parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     return parser
@@ -120,11 +115,21 @@ def write(args: argparse.Namespace, experiment: str, name: str, result: dict[str
     print(f"wrote {path}", flush=True)
 
 
+@contextmanager
+def alone(runs: Path) -> Iterator[None]:
+    """Waits while another process that does other runs is in here."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / "turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
 def text(args: argparse.Namespace) -> dict[str, Any]:
     """The token files of all runs, made once, and their tokenizer: settings of TrainConfig."""
     folder = args.tokens or args.runs / "tokens"
     if not args.tokens:
-        tokenize(args, folder)
+        with alone(args.runs):
+            tokenize(args, folder)
     made = {f"{split}_data": (str(folder / f"{split}.bin"),) for split in ("train", "valid")}
     return {"tokenizer": str(folder / "tokenizer.json"), **made}
 
@@ -134,7 +139,6 @@ def tokenize(args: argparse.Namespace, folder: Path) -> None:
     if args.smoke:
         tokenizer = ROOT / "models/tlinformer-prose-8m/tokenizer.json"
         source = args.runs / "smoke.txt"
-        args.runs.mkdir(parents=True, exist_ok=True)
         whole = next(read_text(ROOT / "examples/new-testament.txt.xz"))
         source.write_text(whole[:30000])
         files = {"train": [source], "valid": [source]}
@@ -183,22 +187,15 @@ def settings(
     return TrainConfig.from_dict(values | data)
 
 
-@contextmanager
-def turn(args: argparse.Namespace, config: TrainConfig) -> Iterator[None]:
-    """Compiles, then waits for the processes that share --turns: speeds are of a device alone."""
-    if not args.turns:
-        yield
-        return
+def compile_ahead(config: TrainConfig) -> None:
+    """One step of a model that nobody keeps; `train` will find its code compiled."""
     state = TrainState(config, prepare_corpus(config))
     state.model.train()
-    state.train_step()  # train() will find its code compiled
+    state.train_step()
     del state
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with args.turns.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        yield
 
 
 def score(config: TrainConfig) -> dict[str, Any]:
@@ -238,7 +235,10 @@ def result_of(run: Run, config: TrainConfig, summary: dict[str, Any]) -> dict[st
 
 
 def train_runs(args: argparse.Namespace, experiment: str, runs: Sequence[Run]) -> None:
-    """Trains what has no results yet; a run that was stopped goes on where it was."""
+    """Trains what has no results yet; a run that was stopped goes on where it was.
+
+    Processes that do different runs compile at the same time and train in turn.
+    """
     by_id, data, compiled = {run.id: run for run in runs}, text(args), None
     for name in chosen(args, list(by_id)):
         if (args.results / experiment / f"{name}.json").is_file():
@@ -251,11 +251,12 @@ def train_runs(args: argparse.Namespace, experiment: str, runs: Sequence[Run]) -
         if shape != compiled:
             torch.compiler.reset()
         compiled = shape
-        with turn(args, config):
+        compile_ahead(config)
+        with alone(args.runs):  # so that speeds are of a device alone
             print(f"{name}: {config.steps:,} steps", flush=True)
             saved = Path(config.output) / "checkpoint.pt"
             summary = train(config, resume=saved.is_file(), console=Console(stderr=True))
             result = result_of(run, config, summary)
         final, speed = result["final"]["valid_perplexity"], result["tokens_per_second"]
-        print(f"{name}: perplexity {final:.2f}, {speed:,} tokens/s, {summary['seconds']:.0f} s")
+        print(f"{name}: perplexity {final:.2f}, {speed:,} tokens/s", flush=True)
         write(args, experiment, name, result)

@@ -91,7 +91,8 @@ if __name__ == "__main__":
                     "perplexity": math.exp(each.mean().item()),
                 }
             )
-            print(f"{name} history {history:>6,} perplexity {rows[-1]['perplexity']:.2f}")
+            found = f"perplexity {rows[-1]['perplexity']:.2f}"
+            print(f"{name} history {history:>6,} {found}", flush=True)
         length, history = 512 // shrink, POSITION_HISTORY // shrink
         starts = even_starts(windows, tokens, separator, history, length + 1)
         by_position = losses(model, tokens, starts, history, length).mean(0)
