@@ -263,7 +263,7 @@ class TLinFormerForCausalLM(CausalLM):
         # Block 0's history and windows are the same tokens: one projection serves all windows.
         qkv = self.blocks[0].layers[0].project(x, rope)
         done = []
-        for windows in self._groups(*input_ids.shape, first):
+        for windows in self._groups(input_ids.size(0), input_ids.size(1), first):
             stream, rows = x, windows.tokens
             for block in self.blocks:
                 last = block is self.blocks[-1]
