@@ -33,6 +33,13 @@ PAPER = {
 }
 
 
+SWEEPS = {
+    "ratio": "history window's share of 512 rows",
+    "history": "history window beside 256 rows",
+}
+PLAIN = "{x:,g}"  # a number on a logarithmic axis
+
+
 def base_of(run: str) -> str:
     """The Transformer that a run is compared with."""
     return f"base-{run.split('-')[0]}"
@@ -73,7 +80,8 @@ def parity(results: Results) -> str:
     return table(["run", "perplexity", "seeds", "gap", "paper's gap", "tokens/s"], rows)
 
 
-def parity_plot(results: Results, axes: Any) -> None:
+def parity_plot(results: Results, figure: Any) -> None:
+    axes = figure.subplots()
     for number, run in enumerate(PAPER):
         for result in (r for r in results if r["run"] == run):
             points = [p for p in result["curve"] if "valid_perplexity" in p]
@@ -84,6 +92,8 @@ def parity_plot(results: Results, axes: Any) -> None:
                 label=run if result["seed"] == 0 else None,
             )
     axes.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_formatter(PLAIN)
     axes.legend()
 
 
@@ -121,16 +131,20 @@ def windows(results: Results) -> str:
     return table(["run", "history + generation window", "perplexity", "tokens/s", ""], rows)
 
 
-def windows_plot(results: Results, axes: Any) -> None:
-    for sweep, runs in series(results).items():
-        points = [(r["tokens_per_second"], r["final"]["valid_perplexity"]) for r in runs]
-        axes.plot(*zip(*points, strict=True), marker="o", label=sweep)
+def windows_plot(results: Results, figure: Any) -> None:
+    sweeps = series(results)
+    for (sweep, runs), axes in zip(
+        sweeps.items(), figure.subplots(1, len(sweeps), squeeze=False)[0], strict=True
+    ):
+        points = [(r["tokens_per_second"] / 1000, r["final"]["valid_perplexity"]) for r in runs]
+        axes.plot(*zip(*points, strict=True), marker="o")
         for run, point in zip(runs, points, strict=True):
-            axes.annotate(run["run"].split("-")[1], point)
+            words = run["run"].split("-")[1]
+            axes.annotate(words, point, xytext=(5, 5), textcoords="offset points")
         if len(runs) > 2:
             axes.scatter(*points[knee(points)], s=160, facecolors="none", edgecolors="k")
-    axes.set(xlabel="tokens/s in training", ylabel="validation perplexity")
-    axes.legend()
+        axes.margins(0.12)
+        axes.set(xlabel="1000 tokens/s in training", ylabel="perplexity", title=SWEEPS[sweep])
 
 
 def history(results: Results) -> str:
@@ -139,12 +153,15 @@ def history(results: Results) -> str:
     return table(header, rows)
 
 
-def history_plot(results: Results, axes: Any) -> None:
+def history_plot(results: Results, figure: Any) -> None:
+    axes = figure.subplots()
     for r in results:
         axes.plot([row["perplexity"] for row in r["rows"]], marker="o", label=r["model"])
     labels = [f"{row['history']:,}" for row in results[0]["rows"]]
     axes.set_xticks(range(len(labels)), labels)
     axes.set(xlabel="tokens of history given", ylabel="perplexity of the same tokens", yscale="log")
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_formatter(PLAIN)
     axes.legend()
 
 
@@ -164,10 +181,15 @@ def positions(results: Results) -> str:
     return table(["model", *(f"part {b + 1} of {len(bins)}" for b in bins)], rows)
 
 
+def by_size(results: Results) -> Results:
+    """The Transformer, then the others from the smallest history window on."""
+    return sorted(results, key=lambda r: int(f"0{r['run'].partition('-')[2]}"))
+
+
 def needle(results: Results) -> str:
     lengths = sorted({row["length"] for r in results for row in r["rows"]})
     rows = []
-    for r in results:
+    for r in by_size(results):
         found = []
         for length in lengths:
             parts = [row for row in r["rows"] if row["length"] == length]
@@ -179,8 +201,9 @@ def needle(results: Results) -> str:
     return table(["model", *header], rows)
 
 
-def needle_plot(results: Results, axes: Any) -> None:
-    for r in results:
+def needle_plot(results: Results, figure: Any) -> None:
+    axes = figure.subplots()
+    for r in by_size(results):
         rows = sorted(r["rows"], key=lambda row: row["distance"])
         axes.plot(
             [row["distance"] for row in rows],
@@ -189,7 +212,9 @@ def needle_plot(results: Results, axes: Any) -> None:
             label=r["run"],
         )
     axes.axhline(results[0]["chance"], color="gray", linestyle=":")
-    axes.set(xlabel="distance in tokens", ylabel="accuracy", xscale="log", ylim=(0, 1.02))
+    axes.set(xlabel="distance in tokens", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(PLAIN)
     axes.legend()
 
 
@@ -222,9 +247,10 @@ def main() -> None:
             continue
         if len({r["smoke"] for r in results}) > 1:
             raise SystemExit(f"{args.results / experiment} mixes real results with --smoke's")
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        PLOTS[experiment](results, axes)
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = plt.figure(figsize=(9 if experiment == "windows" else 6, 4), layout="constrained")
+        PLOTS[experiment](results, figure)
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(args.readme.parent / f"{experiment}.png", dpi=130)
         for number, make in enumerate(tables):
             body = make(results) + (f"\n\n![{experiment}]({experiment}.png)" if not number else "")
