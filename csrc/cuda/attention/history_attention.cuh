@@ -64,12 +64,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 
   // Of the context, before the previous kernel ends: nothing of it changes within a token. Up to
   // the first copy few instructions: their code comes from memory, too.
+  __shared__ int lengths[2];  // one thread asks for them: a thousand warps would queue at one word
   const int part = blockIdx.x, head = blockIdx.z;
-  const int history = static_cast<int>(__ldcg(&a.state->history));
-  const int context =
-      a.context_rows == ContextRows::history ? history : __ldcg(&a.state->compressed);
+  if (threadIdx.x == 0) {
+    const int64_t history = __ldcg(&a.state->history);
+    lengths[0] = static_cast<int>(history);
+    lengths[1] = a.context_rows == ContextRows::history ? static_cast<int>(history)
+                                                        : __ldcg(&a.state->compressed);
+  }
   if (lane < kStages) prepare_copies(&arrived[warp][lane]);
-  __syncwarp();
+  __syncthreads();
+  const int history = lengths[0], context = lengths[1];
   const unsigned units = p.window_units + (context + kUnit - 1) / kUnit;
   const int first_unit = static_cast<int>(__umulhi(units, part * p.step)) - p.window_units;
   const int end_unit =
@@ -118,8 +123,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const int first_head = head * p.heads + blockIdx.y * H;
   LaneRows<T, D, H> mine;
   mine.load_queries(a.query + first_head * D, heads, lane);
-  const uint32_t launched = __ldcg(launches + pass) + 1;
-  const bool live = __ldcg(&a.state->live) != 0;
+  __shared__ uint32_t launched_by_now;
+  __shared__ int is_live;
+  if (threadIdx.x == 0) {
+    launched_by_now = __ldcg(launches + pass) + 1;
+    is_live = __ldcg(&a.state->live);
+  }
   // The window, by the block that merges.
   const int window = merges ? static_cast<int>(__ldcg(&a.state->last)) - history + 1 : 0;
   const int first_row = a.window_follows_history ? history : 0;
@@ -170,7 +179,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     }
   }
   __syncthreads();
-  if (!live) return;
+  if (is_live == 0) return;
+  const uint32_t launched = launched_by_now;
 
   // Of the block's warps; `put` takes an element's head, number, share of the output, top and sum.
   const auto merge_warps = [&](const Softmax* of, auto put) {
