@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 # Part of a kernel's mangled name, with the architecture if it matters -> why its spills do no harm.
 EXPLAINED: dict[str, str] = {
+    "tlin_history_attention Li2E": "a third warp of a scheduler leaves 168 registers for two heads",
     "tlin_prefill_attention": "values kept across the loop over keys: stored before, read after it",
     "tlin_resident_attention": "places kept across the loop over keys",
     "tlin_ranged_attention Li96E": "values kept across the loop over keys",

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../runtime/backend.h"
+#include "attention/speeds.h"
 #include "many_rows.h"
 #include "model.h"
 #include "step/step.h"
@@ -91,6 +92,7 @@ class CudaBackend final : public Backend {
       fork();
       many_[1] = std::make_unique<ManyRows>(m_, w_, 1, base_, side_);
       join();
+      multiprocessor_speeds();  // what captures use must not be measured within them
       step_ = std::make_unique<Step>(m_, w_, base_);
       step_->set_ring(ring_, kRing);
       set_state();

@@ -22,6 +22,12 @@ __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
 #endif
 }
 
+__device__ inline void barrier_arrive(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;

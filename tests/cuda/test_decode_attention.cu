@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cuda/attention/decode_attention.h"
+#include "cuda/attention/speeds.h"
 #include "gpu.h"
 
 using namespace tlinformer;
@@ -393,6 +394,8 @@ void bench(const Shape& m, int64_t history, int blocks, bool early) {
 }
 
 void bench_all() {
+  std::printf("%d of %d multiprocessors are faster\n", multiprocessor_speeds().count,
+              multiprocessors());
   const Shape shapes[] = {
       {"12 x d36", 12, 12, 36}, {"8 x d64", 8, 8, 64}, {"32/8 x d128", 32, 8, 128}};
   for (const Shape& shape : shapes)

@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
         const int row = walk.row + at + (walk.group == 0 ? 0 : table[walk.sequence].first);
         const int shift = row & (Layout::kAligned - 1);
         const char* keys = ring + await() * (2 * kTileBytes) + shift * Layout::kRowBytes;
-        mine.add(keys, exist, lane);
+        mine.add(keys, keys + kTileBytes, exist, lane);
         any = true;
       }
       at += kWarps * tile;
@@ -397,7 +397,7 @@ int64_t decode_attention_scratch(int batch, int query_heads, int head_dim) {
   const int64_t records =
       int64_t{multiprocessors()} * heads_of_pass(head_dim, true) * (head_dim + 2) * 8;
   return arrivals_bytes(batch, query_heads) + partials_bytes(batch, query_heads, head_dim) +
-         (batch == 1 ? history_launches_bytes(query_heads) + records : 0);
+         (batch == 1 ? history_counts_bytes(query_heads) + records : 0);
 }
 
 void decode_attention(const DecodeAttention& a, const Launch& how) {

@@ -153,7 +153,7 @@ struct LaneRows {
   }
 
   // By all lanes, over `rows` >= 1 rows of a stage; what follows them may be NaN and is not read.
-  __device__ void add(const char* keys, int rows, int lane) {
+  __device__ void add(const char* keys, const char* values, int rows, int lane) {
     constexpr int kChains = H == 1 ? 4 : H == 2 ? 2 : 1;  // of dependent additions
     const int swizzle = Layout::swizzle(lane);
 #pragma unroll 1
@@ -192,7 +192,7 @@ struct LaneRows {
         weight[h] = exists ? exp2_fast(score - top[h]) : 0.0f;
         sum[h] += weight[h];
       }
-      const char* value = key + Layout::kTileBytes;
+      const char* value = key + (values - keys);
 #pragma unroll
       for (int i = 0; i < Layout::kLoads; ++i) {
         float x[Layout::kWide];

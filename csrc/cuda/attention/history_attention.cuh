@@ -1,13 +1,15 @@
 // The decode attention of a single sequence with a long history. Each head's rows, the window's
-// first, are cut into as many parts as there are multiprocessors for them; their copies begin long
-// before the query exists. The block of part 0 merges the head's softmaxes.
+// first, are cut into as many parts as there are multiprocessors for them. A block's copies begin
+// long before the query exists; that of part 0 merges the head's softmaxes.
 #pragma once
 
 #include <algorithm>
 
+#include "../dsmem.cuh"
 #include "decode_attention.h"
 #include "decode_rows.cuh"
 #include "row_copy.cuh"
+#include "speeds.h"
 
 namespace tlinformer::cuda {
 
@@ -16,171 +18,186 @@ namespace tlinformer::cuda {
 template <int D, int H>
 constexpr int kRecordWords = H * (D + 2);
 
-// A pass is one reading of a key/value head's rows, for H of its query heads. Blocks: (part, pass
-// of the head, head).
+// A pass is one reading of a key/value head's rows, for H of its query heads. Its parts are a
+// block's work each; the last ones are larger, for multiprocessors that read faster.
 struct HistoryParts {
-  int parts;         // blocks of a pass
-  uint32_t step;     // 2^32 / parts
-  int window_units;  // of 16 rows, counted as if the window was full
-  int heads;         // query heads of a key/value head
-  int passes;        // of a key/value head
+  int parts, passes, passes_each;  // parts of a pass; passes of all heads, and of each
+  uint64_t inverse;                // 2^32 / passes, rounded up
+  int first_fast;                  // part
+  uint32_t step, fast_step;        // what a part and a faster one have, of 2^32
+  int window_units;                // of 16 rows, counted as if the window was full
+  int heads;                       // query heads of a key/value head
+  Speeds speeds;
 };
 constexpr int kUnit = 16;  // rows: whole lines of 128 bytes, also of 72 bytes each
+constexpr int kHistoryThreads = kDecodeThreads + 32;  // the last warp copies
 
 template <int D, int H>
 struct HistoryPlaces {
   using Layout = RowLayout<D, H>;
-  static constexpr int kStage = 2 * Layout::kTileBytes;  // keys, then values
-  static constexpr int kSoftmaxes =
-      2 * kDecodeWarps * static_cast<int>(sizeof(PartialSoftmax<D, H>));
+  using Softmax = PartialSoftmax<D, H>;
+  static constexpr int kTile = Layout::kRows > 8 ? Layout::kRows : 8;  // of a warp
+  static constexpr int kRows = kDecodeWarps * kTile;                   // of a stage
+  static constexpr int kValues =
+      ((kRows + Layout::kAligned - 1) * Layout::kRowBytes + 127) / 128 * 128;  // behind the keys
+  static constexpr int kStage = 2 * kValues;
+  static constexpr int kSoftmaxes = 2 * kDecodeWarps * static_cast<int>(sizeof(Softmax));
   static constexpr int kMemory = 208 * 1024;  // leaves room for blocks of the neighbours
-  static constexpr int kStages = (kMemory - kSoftmaxes) / (kDecodeWarps * kStage);
-  static constexpr int kRing = kDecodeWarps * kStages * kStage;
+  static constexpr int kStages = (kMemory - kSoftmaxes) / kStage;
+  static constexpr int kRing = kStages * kStage;
   static constexpr int kMostParts = kRing / (kRecordWords<D, H> * 4) - 1;
+  static_assert(kStages >= 2);
 };
 
-// The scratch holds how often each pass was launched, then a record a block.
-inline int64_t history_launches_bytes(int query_heads) {  // passes are never more than query heads
-  return (int64_t{query_heads} * 4 + 15) / 16 * 16;
+// The scratch holds a count of blocks that have begun, how often each pass was launched, then a
+// record a block.
+inline int64_t history_counts_bytes(int query_heads) {  // passes are never more than query heads
+  return (int64_t{1 + query_heads} * 4 + 15) / 16 * 16;
+}
+
+// What the copying warp finds out for the others.
+struct HistoryShare {
+  int pass, part;
+  int begin, end;        // rows of the context
+  int history, context;  // rows of a head
+};
+
+// Which part this block does: slow multiprocessors count from the first, fast ones from the last.
+__device__ inline int next_piece(const HistoryParts& p, uint32_t* begun) {
+  unsigned number;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(number));
+  const bool fast = number < 256 && p.speeds.fast[number / 32] >> number % 32 & 1;
+  const unsigned before = atomicAdd(begun, fast ? 1u << 16 : 1u);
+  const int slow_ones = before & 0xffff, fast_ones = before >> 16, all = p.parts * p.passes;
+  if (slow_ones + fast_ones == all - 1) {  // for the next launch
+    atomicExch(begun, 0u);
+    __threadfence();
+  }
+  return fast ? all - 1 - fast_ones : slow_ones;
 }
 
 template <class T, int D, int H>
-__global__ void __launch_bounds__(kDecodeThreads, 1)
+__global__ void __launch_bounds__(kHistoryThreads, 1)
     tlin_history_attention(const __grid_constant__ DecodeAttention a,
-                           const __grid_constant__ HistoryParts p, uint32_t* launches,
+                           const __grid_constant__ HistoryParts p, uint32_t* counts,
                            uint2* records) {
 #if __CUDA_ARCH__ >= 900
   using Layout = RowLayout<D, H>;
   using Places = HistoryPlaces<D, H>;
-  constexpr int kStages = Places::kStages, kTile = Layout::kTile, kWarps = kDecodeWarps;
-  constexpr int kWords = kRecordWords<D, H>, kStep = kWarps * kTile;
+  using Softmax = typename Places::Softmax;
+  constexpr int kStages = Places::kStages, kTile = Places::kTile, kWarps = kDecodeWarps;
+  constexpr int kRows = Places::kRows, kWords = kRecordWords<D, H>;
   extern __shared__ __align__(128) char memory[];
-  __shared__ uint64_t arrived[kWarps][kStages];
+  __shared__ uint64_t arrived[kStages], freed[kStages];
+  __shared__ HistoryShare share;
+  __shared__ uint32_t launched;
+  __shared__ int live;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  char* const ring = memory + warp * kStages * Places::kStage;
-  using Softmax = PartialSoftmax<D, H>;
-  Softmax* const softmaxes = reinterpret_cast<Softmax*>(memory + Places::kRing);
-  let_next_start();
+  uint32_t* const launches = counts + 1;
 
-  // Of the context, before the previous kernel ends: nothing of it changes within a token. Up to
-  // the first copy few instructions: their code comes from memory, too.
-  __shared__ int lengths[2];  // one thread asks for them: a thousand warps would queue at one word
-  const int part = blockIdx.x, head = blockIdx.z;
-  if (threadIdx.x == 0) {
-    const int64_t history = __ldcg(&a.state->history);
-    lengths[0] = static_cast<int>(history);
-    lengths[1] = a.context_rows == ContextRows::history ? static_cast<int>(history)
-                                                        : __ldcg(&a.state->compressed);
+  // Of the context, before the previous kernel ends: nothing of it changes within a token.
+  if (threadIdx.x == kDecodeThreads) {
+    const int history = static_cast<int>(__ldcg(&a.state->history));
+    const int compressed = __ldcg(&a.state->compressed);
+    const int piece = next_piece(p, counts);
+    for (int stage = 0; stage < kStages; ++stage) {
+      dsmem::barrier_init(shared_address(&arrived[stage]), 1);
+      dsmem::barrier_init(shared_address(&freed[stage]), kWarps);
+    }
+    const int part = static_cast<int>(piece * p.inverse >> 32);
+    const int context = a.context_rows == ContextRows::history ? history : compressed;
+    const unsigned units = p.window_units + (context + kUnit - 1) / kUnit;
+    const auto bound = [&](int i) {
+      const uint32_t share_of_fast = max(i - p.first_fast, 0) * p.fast_step;
+      const unsigned unit =
+          i == p.parts ? units : __umulhi(units, min(i, p.first_fast) * p.step + share_of_fast);
+      return min(max(static_cast<int>(unit) - p.window_units, 0) * kUnit, context);
+    };
+    share = {piece - part * p.passes, part, bound(part), bound(part + 1), history, context};
   }
-  if (lane < kStages) prepare_copies(&arrived[warp][lane]);
   __syncthreads();
-  const int history = lengths[0], context = lengths[1];
-  const unsigned units = p.window_units + (context + kUnit - 1) / kUnit;
-  const int first_unit = static_cast<int>(__umulhi(units, part * p.step)) - p.window_units;
-  const int end_unit =
-      static_cast<int>(part + 1 == p.parts ? units : __umulhi(units, (part + 1) * p.step)) -
-      p.window_units;
-  const int begin = max(first_unit, 0) * kUnit + warp * kTile;
-  const int end = min(max(end_unit, 0) * kUnit, context);
-  const int64_t first = head * a.context.head_stride + int64_t{begin} * D;
-  const T* keys = static_cast<const T*>(a.context.keys) + first;
-  const T* values = static_cast<const T*>(a.context.values) + first;
-  int stage = 0;  // of the next copy, and of the next tile to read
-  const auto copy = [&](const T* from_keys, const T* from_values, int rows) {
-    char* const to = ring + stage * Places::kStage;
-    const int bytes = (rows * Layout::kRowBytes + 15) / 16 * 16;
-    const uint32_t barrier = shared_address(&arrived[warp][stage]);
-    expect_copies(2 * bytes, &arrived[warp][stage], lane);
-    if (lane > 0) return;
-    copy_bulk_once(to, from_keys, bytes, barrier);
-    copy_bulk_once(to + Layout::kTileBytes, from_values, bytes, barrier);
+  let_next_start();
+  const int pass = share.pass, part = share.part;
+  const int kv_head = H == 1 ? pass : pass / p.passes_each;
+  const int pass_of_head = H == 1 ? 0 : pass - kv_head * p.passes_each;
+  const bool merges = part == 0;  // and attends to the window
+  const int first_row = a.window_follows_history ? share.history : 0;
+  const int shift = first_row & (Layout::kAligned - 1);
+  const auto window_rows = [&] {
+    return merges ? static_cast<int>(__ldcg(&a.state->last)) - share.history + 1 : 0;
   };
-  int next = begin;  // row of the context to fetch
-  const auto copy_context = [&] {
-    copy(keys, values, min(kTile, end - next));
-    next += kStep;
-    keys += int64_t{kStep} * D;
-    values += int64_t{kStep} * D;
-  };
-  const auto turn = [&](uint32_t& parity) {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  };
-  uint32_t parity = 0;
-  int free = kStages;
+
+  if (warp == kWarps) {
+    if (lane > 0) return wait_for_previous();
+    int stage = 0, round = 0;
+    const auto copy = [&](const CachedRows& from, int first, int shifted, int rows) {
+      if (round > 0) dsmem::barrier_wait(shared_address(&freed[stage]), (round - 1) & 1);
+      const int64_t at = kv_head * from.head_stride + int64_t{first - shifted} * D;
+      const int bytes = ((shifted + min(rows, kRows)) * Layout::kRowBytes + 15) / 16 * 16;
+      char* const to = memory + stage * Places::kStage;
+      const uint32_t barrier = shared_address(&arrived[stage]);
+      dsmem::barrier_expect(barrier, 2 * bytes);
+      copy_bulk_once(to, static_cast<const T*>(from.keys) + at, bytes, barrier);
+      copy_bulk_once(to + Places::kValues, static_cast<const T*>(from.values) + at, bytes, barrier);
+      if (++stage == kStages) stage = 0, ++round;
+    };
 #pragma unroll 1
-  for (; free > 0 && next < end; --free) {
-    copy_context();
-    turn(parity);
+    for (int row = share.begin; row < share.end; row += kRows) {
+      copy(a.context, row, 0, share.end - row);
+    }
+    wait_for_previous();
+    order_copies_after_stores();
+    const int window = window_rows();
+#pragma unroll 1
+    for (int row = 0; row < window; row += kRows) {
+      copy(a.window, first_row + row, shift, window - row);
+    }
+    return;
   }
-  int fetched = stage;
-  stage = parity = 0;
 
   wait_for_previous();
-  order_copies_after_stores();
-  const bool merges = part == 0;
-  const int pass = head * p.passes + blockIdx.y;
-  const int heads = min(p.heads - static_cast<int>(blockIdx.y) * H, H);
-  const int first_head = head * p.heads + blockIdx.y * H;
+  const int heads = min(p.heads - pass_of_head * H, H);
+  const int first_head = kv_head * p.heads + pass_of_head * H;
   LaneRows<T, D, H> mine;
   mine.load_queries(a.query + first_head * D, heads, lane);
-  __shared__ uint32_t launched_by_now;
-  __shared__ int is_live;
   if (threadIdx.x == 0) {
-    launched_by_now = __ldcg(launches + pass) + 1;
-    is_live = __ldcg(&a.state->live);
+    launched = __ldcg(launches + pass) + 1;
+    live = __ldcg(&a.state->live);
   }
-  // The window, by the block that merges.
-  const int window = merges ? static_cast<int>(__ldcg(&a.state->last)) - history + 1 : 0;
-  const int first_row = a.window_follows_history ? history : 0;
-  const int shift = first_row & (Layout::kAligned - 1);
-  int window_next = warp * kTile;
-  const auto copy_next = [&] {
-    const int reading = stage;
-    stage = fetched;
-    if (next < end) {
-      copy_context();
-    } else if (window_next < window) {
-      const int64_t at = head * a.window.head_stride + int64_t{first_row + window_next - shift} * D;
-      copy(static_cast<const T*>(a.window.keys) + at, static_cast<const T*>(a.window.values) + at,
-           shift + min(kTile, window - window_next));
-      window_next += kStep;
-    } else {
-      stage = reading;
-      return false;
-    }
-    if (++fetched == kStages) fetched = 0;
-    stage = reading;
-    return true;
-  };
-#pragma unroll 1
-  while (free > 0 && copy_next()) --free;
-
+  const int window = window_rows();
+  Softmax* const softmaxes = reinterpret_cast<Softmax*>(memory + Places::kRing);
+  int stage = 0;
+  uint32_t parity = 0;
 #pragma unroll 1
   for (int group = 0; group <= (merges ? 1 : 0); ++group) {
-    const int last = group == 0 ? end : window;
+    const int begin = group == 0 ? share.begin : 0, end = group == 0 ? share.end : window;
+    const char* const own = memory + (warp * kTile + (group == 0 ? 0 : shift)) * Layout::kRowBytes;
     bool any = false;
     mine.clear();
 #pragma unroll 1
-    for (int row = group == 0 ? begin : warp * kTile; row < last; row += kStep) {
-      await_tile<kStages>(&arrived[warp][stage], parity, false);
-      mine.add(ring + stage * Places::kStage + (group == 0 ? 0 : shift * Layout::kRowBytes),
-               min(kTile, last - row), lane);
-      any = true;
+    for (int row = begin; row < end; row += kRows) {
+      const char* const keys = own + stage * Places::kStage;
+      const int rows = min(kTile, end - row - warp * kTile);
+      dsmem::barrier_wait(shared_address(&arrived[stage]), parity);
+      if (rows > 0) {
+        mine.add(keys, keys + Places::kValues, rows, lane);
+        any = true;
+      }
       __syncwarp();
-      turn(parity);
-      copy_next();
+      if (lane == 0) dsmem::barrier_arrive(shared_address(&freed[stage]));
+      if (++stage == kStages) stage = 0, parity ^= 1;
     }
-    Softmax& own = softmaxes[group * kWarps + warp];
+    Softmax& to = softmaxes[group * kWarps + warp];
     if (any) {
-      mine.store(own, lane);
+      mine.store(to, lane);
     } else if (lane < H) {
-      own.top[lane] = kMinusInfinity;
-      own.sum[lane] = 0;
+      to.top[lane] = kMinusInfinity;
+      to.sum[lane] = 0;
     }
   }
-  __syncthreads();
-  if (is_live == 0) return;
-  const uint32_t launched = launched_by_now;
+  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(kDecodeThreads) : "memory"); };
+  meet();
+  if (live == 0) return;
 
   // Of the block's warps; `put` takes an element's head, number, share of the output, top and sum.
   const auto merge_warps = [&](const Softmax* of, auto put) {
@@ -201,10 +218,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     }
   };
   uint2* const to = records + (int64_t{pass} * p.parts + part) * kWords;
+  const uint32_t number = launched;
   if (!merges) {
     const auto store = [&](int at, float x) {
       asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to + at),
-                   "r"(__float_as_uint(x)), "r"(launched)
+                   "r"(__float_as_uint(x)), "r"(number)
                    : "memory");
     };
     merge_warps(softmaxes, [&](int h, int e, float output, float top, float sum) {
@@ -239,7 +257,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
                      : "memory");
       }
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) all &= word[i].y == launched;
+      for (int i = 0; i < kAhead; ++i) all &= word[i].y == number;
     } while (!all);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -247,8 +265,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       gathered[kWords + at] = __uint_as_float(word[i].x);
     }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) launches[pass] = launched;  // all blocks of the pass have read it
+  meet();
+  if (threadIdx.x == 0) launches[pass] = number;  // all blocks of the pass have read it
   T* const output = static_cast<T*>(a.output) + first_head * D;
 #pragma unroll 1
   for (int i = threadIdx.x; i < H * D; i += kDecodeThreads) {
@@ -275,33 +293,42 @@ template <class T, int D, int H>
 void launch_history_attention(const DecodeAttention& a, const HistoryParts& p, void* scratch,
                               const Launch& how) {
   using Places = HistoryPlaces<D, H>;
-  launch(how, tlin_history_attention<T, D, H>, "history attention",
-         dim3(p.parts, p.passes, a.kv_heads), dim3(kDecodeThreads),
-         Places::kRing + Places::kSoftmaxes, a, p, static_cast<uint32_t*>(scratch),
-         reinterpret_cast<uint2*>(static_cast<char*>(scratch) +
-                                  history_launches_bytes(a.query_heads)));
+  launch(
+      how, tlin_history_attention<T, D, H>, "history attention", dim3(p.passes * p.parts),
+      dim3(kHistoryThreads), Places::kRing + Places::kSoftmaxes, a, p,
+      static_cast<uint32_t*>(scratch),
+      reinterpret_cast<uint2*>(static_cast<char*>(scratch) + history_counts_bytes(a.query_heads)));
 }
 
 // How a single sequence's rows are cut; no parts: the general kernel has to do it.
 template <class T, int D, int H>
 HistoryParts history_parts(const DecodeAttention& a) {
+  using Places = HistoryPlaces<D, H>;
   HistoryParts p{};
   if (a.batch != 1 || a.blocks > 0 || a.most_window_rows <= 0 ||
       a.context_rows == ContextRows::none || !compiled_for(tlin_history_attention<T, D, H>, 90)) {
     return p;
   }
   p.heads = a.query_heads / a.kv_heads;
-  p.passes = (p.heads + H - 1) / H;
+  p.passes_each = (p.heads + H - 1) / H;
+  p.passes = a.kv_heads * p.passes_each;
+  p.inverse = ((uint64_t{1} << 32) + p.passes - 1) / p.passes;
   p.window_units = (a.most_window_rows + kUnit - 1) / kUnit;
-  const int passes = a.kv_heads * p.passes;
-  p.parts = std::min(multiprocessors() / passes, HistoryPlaces<D, H>::kMostParts);
+  p.parts = std::min(multiprocessors() / p.passes, Places::kMostParts);
+  if (p.parts * p.passes < multiprocessors() * 4 / 5) p.parts = 0;
   if (a.most_rows > 0) {
-    constexpr int kLeast = kDecodeWarps * RowLayout<D, H>::kTile;
-    p.parts = static_cast<int>(std::min<int64_t>(p.parts, (a.most_rows + kLeast - 1) / kLeast));
-  } else if (p.parts * passes < multiprocessors() * 4 / 5) {
-    p.parts = 0;
+    p.parts = static_cast<int>(
+        std::min<int64_t>(p.parts, (a.most_rows + Places::kRows - 1) / Places::kRows));
   }
-  if (p.parts > 0) p.step = static_cast<uint32_t>((uint64_t{1} << 32) / p.parts);
+  if (p.parts == 0) return p;
+  p.speeds = multiprocessor_speeds();
+  // The sums are the same wherever as many are fast: which part a block does changes nothing.
+  constexpr double kFaster = 1.3;
+  const int fast = std::min(p.speeds.count / p.passes, p.parts - 1);
+  p.first_fast = p.parts - fast;
+  const double step = 4294967296.0 / (p.first_fast + fast * kFaster);
+  p.step = static_cast<uint32_t>(std::min(step, 4294967295.0));
+  p.fast_step = static_cast<uint32_t>(std::min(step * kFaster, 4294967295.0));
   return p;
 }
 
