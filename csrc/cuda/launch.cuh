@@ -32,7 +32,9 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// Lets the next kernel's blocks start as soon as every block of this one has said so or ended.
+// Lets the next kernel's blocks start as soon as every block of this one has said so or ended. The
+// head does so only after its wait: then no kernel of a token starts before all but the draw of the
+// token before has ended, and finds the state at most one token behind.
 __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

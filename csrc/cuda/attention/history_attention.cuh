@@ -36,8 +36,8 @@ template <int D, int H>
 struct HistoryPlaces {
   using Layout = RowLayout<D, H>;
   using Softmax = PartialSoftmax<D, H>;
-  static constexpr int kTile = Layout::kRows > 8 ? Layout::kRows : 8;  // of a warp
-  static constexpr int kRows = kDecodeWarps * kTile;                   // of a stage
+  static constexpr int kTile = Layout::kRows >= 8 ? Layout::kRows : 16;  // of a warp
+  static constexpr int kRows = kDecodeWarps * kTile;                     // of a stage
   static constexpr int kValues =
       ((kRows + Layout::kAligned - 1) * Layout::kRowBytes + 127) / 128 * 128;  // behind the keys
   static constexpr int kStage = 2 * kValues;
@@ -322,9 +322,10 @@ HistoryParts history_parts(const DecodeAttention& a) {
   }
   if (p.parts == 0) return p;
   p.speeds = multiprocessor_speeds();
-  // The sums are the same wherever as many are fast: which part a block does changes nothing.
+  // The sums are the same wherever as many are fast: which part a block does changes nothing. With
+  // several query heads arithmetic is what takes the time, in which all are equal.
   constexpr double kFaster = 1.3;
-  const int fast = std::min(p.speeds.count / p.passes, p.parts - 1);
+  const int fast = H > 1 ? 0 : std::min(p.speeds.count / p.passes, p.parts - 1);
   p.first_fast = p.parts - fast;
   const double step = 4294967296.0 / (p.first_fast + fast * kFaster);
   p.step = static_cast<uint32_t>(std::min(step, 4294967295.0));

@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(32 * kWarps)
     tlin_head_row(const __grid_constant__ HeadStep p, const __grid_constant__ Places places,
                   int candidates, float per_width) {
 #if __CUDA_ARCH__ >= 900
-  let_next_start();
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kWarps][kStages];
   __shared__ float2 measures[kWarps];
@@ -69,6 +68,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   FoldedRow<T, kWarps, kAhead, MOST> row(p.norm, p.x, p.parts, width);
 
   wait_for_previous();
+  let_next_start();  // not before: see launch.cuh
   row.start();
   const int live = __ldcg(&p.state->live);
   uint2* const operand = reinterpret_cast<uint2*>(memory + places.row) + lane;

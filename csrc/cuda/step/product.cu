@@ -190,7 +190,6 @@ template <class T, int ROWS>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     tlin_head_step(const __grid_constant__ HeadStep p) {
   constexpr int NT = ceil_div(ROWS, 8);
-  let_next_start();
   extern __shared__ uint4 shared[];
   const int warp = warp_index();
   int tile = warp * gridDim.x + blockIdx.x;
@@ -199,6 +198,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   NormedRows<T, ROWS> rows(shared + sizeof(Candidate) * kWarps * NT * 8 / sizeof(uint4), p.norm,
                            p.x, p.batch, p.hidden_size);
   wait_for_previous();
+  let_next_start();  // not before: see launch.cuh
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const unsigned live = __ballot_sync(0xffffffffu, is_live(p, lane));
   rows.measure();

@@ -134,9 +134,8 @@ __device__ void draw_and_finish(const SampleStep& s, Candidate best, int threads
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) tlin_sample_step(const __grid_constant__ SampleStep s) {
-  wait_for_previous();
-  // Not before: kernels of this token may find the state one token behind, but no more.
   let_next_start();
+  wait_for_previous();
   const int row = blockIdx.x;
   // All reads are under way together: one wait for memory. The compiler would move what it knows
   // to be the same in all threads to uniform registers, and wait for it there and then.
