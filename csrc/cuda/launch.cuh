@@ -13,8 +13,6 @@ inline void check(cudaError_t status, const char* what) {
   throw Error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-constexpr int kPortableCluster = 8;  // blocks; more are possible where the device says so
-
 struct Launch {
   cudaStream_t stream = nullptr;
   // Programmatic dependent launch: the kernel may start while its predecessor still runs, and
@@ -62,9 +60,6 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
     cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
-  if (how.cluster > kPortableCluster) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
-  }
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -89,29 +84,6 @@ bool compiled_for(Kernel* kernel, int architecture) {
   const cudaError_t status = cudaFuncGetAttributes(&compiled, kernel);
   if (status != cudaSuccess) cudaGetLastError();
   return status == cudaSuccess && compiled.ptxVersion >= architecture;
-}
-
-// Whether the current device can run a cluster of so many blocks.
-template <class Kernel>
-bool has_clusters_of(Kernel* kernel, int blocks, int threads) {
-  if (!compiled_for(kernel, 90)) return false;
-  if (blocks > kPortableCluster) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "cudaFuncSetAttribute");
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = static_cast<unsigned>(threads);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int count = 0;
-  const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
-  if (status != cudaSuccess) cudaGetLastError();
-  return status == cudaSuccess && count > 0;
 }
 
 // Of the current device; asked once. Without one a plan can still be made, as for an H200.

@@ -340,7 +340,7 @@ void test_gate(const Problem<T>& problem, unsigned seed) {
 
 // Gate, up and down in one kernel, where the device and the sizes allow it.
 template <class T>
-void test_mlp(const Problem<T>& problem, int cluster, unsigned seed) {
+void test_mlp(const Problem<T>& problem, unsigned seed) {
   const Sizes& s = problem.sizes;
   const size_t count = static_cast<size_t>(s.intermediate) * s.width;
   const auto gate = gpu::normal<T>(count, seed, 0.1f), up = gpu::normal<T>(count, seed + 1, 0.1f);
@@ -352,7 +352,6 @@ void test_mlp(const Problem<T>& problem, int cluster, unsigned seed) {
   p.gate = device_gate.data();
   p.up = device_up.data();
   p.down = device_down.data();
-  p.cluster = cluster;
   const int parts = mlp_parts(p);
   CHECK((parts == 0) == (!on_hopper() || s.width > kPartPitch));
   if (parts == 0) return;
@@ -470,7 +469,7 @@ void test(const Sizes& sizes, const std::vector<int>& batches, unsigned seed) {
     test_project(problem, false, seed + 70);
     test_project(problem, true, seed + 80);
     if (batch > 1) continue;
-    for (const int cluster : {8, 16}) test_mlp(problem, cluster, seed + 90 + cluster);
+    test_mlp(problem, seed + 90);
     // What the one leaves, the others add.
     for (const int parts : {1, kFewParts, kMostParts}) {
       if (sizes.width > kPartPitch) break;
@@ -490,7 +489,7 @@ void test_stopped() {
   problem.device_states.set(problem.states);
   test_add(problem, 40, false, 2);
   test_gate(problem, 3);
-  for (const int cluster : {8, 16}) test_mlp(problem, cluster, 6);
+  test_mlp(problem, 6);
   test_head(problem, Embed::random, 4);
   test_project(problem, false, 5);
 }
@@ -519,14 +518,9 @@ void bench(const char* name, const Sizes& s, int batch) {
   const int64_t heads = s.query_heads + 2 * s.kv_heads, qkv = heads * s.head_dim;
   const int64_t width = s.width, vocab = s.vocab;
   const int64_t mlp_size = 3 * s.intermediate * width;
-  const int64_t sizes[] = {qkv * width,
-                           width * width,
-                           2 * s.intermediate * width,
-                           s.intermediate * width,
-                           vocab * width,
-                           mlp_size,
-                           mlp_size,
-                           mlp_size};
+  const int64_t sizes[] = {
+      qkv * width, width * width, 2 * s.intermediate * width, s.intermediate * width, vocab * width,
+      mlp_size,    mlp_size};
   std::vector<SequenceState> states(batch);
   for (auto& state : states) {
     state.last = 1000;
@@ -584,15 +578,9 @@ void bench(const char* name, const Sizes& s, int batch) {
   head.candidates = candidates.data();
 
   // `copies` of the weights, in the order of `sizes`.
-  enum { kQkv, kOut, kGate, kDown, kHead, kTwo, kMlp8, kMlp16, kKernels };
-  const char* const kernels[] = {"qkv",
-                                 "out",
-                                 "gate/up",
-                                 "down",
-                                 "head",
-                                 "gate/up, then down",
-                                 "mlp, clusters of 8",
-                                 "mlp, clusters of 16"};
+  enum { kQkv, kOut, kGate, kDown, kHead, kTwo, kMlp, kKernels };
+  const char* const kernels[] = {"qkv", "out", "gate/up", "down", "head", "gate/up, then down",
+                                 "mlp"};
   const int last = batch == 1 && on_hopper() ? kKernels : kTwo + 1;
   std::vector<std::unique_ptr<Copies>> weights(kKernels);
   const auto run = [&](int kernel, cudaStream_t stream) {
@@ -601,13 +589,12 @@ void bench(const char* name, const Sizes& s, int batch) {
     project.weight = out.weight = down.weight = gate.gate = head.embed = mlp.gate = weight;
     gate.up = mlp.up = weight + s.intermediate * width;
     if (kernel >= kTwo) mlp.down = down.weight = weight + 2 * s.intermediate * width;
-    mlp.cluster = kernel == kMlp8 ? 8 : 16;
     if (kernel == kQkv) project_step(project, how);
     if (kernel == kOut) add_step(out, how);
     if (kernel == kGate || kernel == kTwo) gate_step(gate, how);
     if (kernel == kDown || kernel == kTwo) add_step(down, how);
     if (kernel == kHead) head_step(head, how);
-    if (kernel >= kMlp8) mlp_row(mlp, how);
+    if (kernel == kMlp) mlp_row(mlp, how);
   };
   const auto title = [&](const std::string& what) {
     return std::string(name) + " batch " + std::to_string(batch) + " " + what;
@@ -622,7 +609,7 @@ void bench(const char* name, const Sizes& s, int batch) {
                   us, static_cast<double>(bytes), 2.0 * batch * sizes[kernel]);
     }
   }
-  if (last > kMlp16) {  // the same with what an MLP leaves to be added
+  if (last > kMlp) {  // the same with what an MLP leaves to be added
     project.parts = out.parts = head.parts = {parts.data(), mlp_parts(mlp)};
     for (const int kernel : {kQkv, kOut, kHead}) {
       weights[kernel] = std::make_unique<Copies>(sizes[kernel], 1);
@@ -640,7 +627,6 @@ void bench(const char* name, const Sizes& s, int batch) {
       weights[kernel] = std::make_unique<Copies>(sizes[kernel], copies);
       all += static_cast<double>(copies * sizes[kernel]);
     }
-    mlp.cluster = mlp_kernel == kMlp8 ? 8 : 16;
     const int count = mlp_kernel == kTwo ? 0 : mlp_parts(mlp);
     const double us = gpu::microseconds(
         [&](cudaStream_t stream) {

@@ -12,7 +12,7 @@ using namespace step;
 
 constexpr int kThreads = 32 * kGateWarps;
 constexpr int kOutputs = 32 / 2 * kGateWarps;  // of the block's tiles, one for each warp
-constexpr int kMostCluster = 16;               // or 8
+constexpr int kCluster = 8;                    // the most blocks that any device allows
 constexpr int kOnePass = 2;                    // tiles of a warp: then it has one slice, too
 static_assert(kOnePass * kOutputs == kGateWarps * kGateAhead * kSlice);
 
@@ -86,19 +86,18 @@ __global__ void __launch_bounds__(kThreads, TILES == kOnePass ? 2 : 1)
   __shared__ typename Product::Shared shared;
   __shared__ Inputs<T> hidden;
   // Of the outputs that this block adds, from all blocks of the cluster.
-  constexpr int kMostOwn = TILES * kOutputs / kPortableCluster;
-  __shared__ float sums[kMostCluster][kMostOwn];
+  __shared__ float sums[kCluster][TILES * kOutputs / kCluster];
   __shared__ uint64_t all_sums;
   Product product(shared, {p.gate, p.up}, p.intermediate_size, p.norm, p.x, {}, p.hidden_size);
   const Columns<T, TILES> down(p.down, p.intermediate_size, p.hidden_size);
-  const int width = p.hidden_size, slice = ceil_div(width, p.cluster);
-  const int rank = blockIdx.x % p.cluster, first = rank * slice;
+  const int width = p.hidden_size, slice = ceil_div(width, kCluster);
+  const int rank = blockIdx.x % kCluster, first = rank * slice;
   const int own = min(slice, width - first);
   const uint32_t barrier = shared_address(&all_sums);
   hidden.clear();
   if (threadIdx.x == 0) {
     dsmem::barrier_init(barrier, 1);
-    dsmem::barrier_expect(barrier, max(own, 0) * p.cluster * static_cast<int>(sizeof(float)));
+    dsmem::barrier_expect(barrier, max(own, 0) * kCluster * static_cast<int>(sizeof(float)));
   }
   dsmem::arrive_at_blocks();
   // A lane sends one output of each pair of tiles to the block that adds it.
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, TILES == kOnePass ? 2 : 1)
   }
   const uint32_t inputs = keep(hidden.place_of_lane());
   const uint32_t own_input = keep(hidden.place(product.output()));
-  float* const part = p.parts + blockIdx.x / p.cluster * kPartPitch + first + threadIdx.x;
+  float* const part = p.parts + blockIdx.x / kCluster * kPartPitch + first + threadIdx.x;
   dsmem::wait_for_blocks();
 
   wait_for_previous();
@@ -140,10 +139,7 @@ __global__ void __launch_bounds__(kThreads, TILES == kOnePass ? 2 : 1)
   dsmem::barrier_wait(barrier, 0);
   float sum[4] = {};
 #pragma unroll
-  for (int block = 0; block < kMostCluster; ++block) {
-    if (block == kPortableCluster && p.cluster == kPortableCluster) break;
-    sum[block % 4] += sums[block][threadIdx.x];
-  }
+  for (int block = 0; block < kCluster; ++block) sum[block % 4] += sums[block][threadIdx.x];
   *part = (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -155,7 +151,7 @@ void with_kernel(const MlpStep& p, const F& f) {
   });
 }
 
-int clusters(const MlpStep& p) { return ceil_div(ceil_div(p.intermediate_size, kTile), p.cluster); }
+int clusters(const MlpStep& p) { return ceil_div(p.intermediate_size, kTile * kCluster); }
 
 }  // namespace
 
@@ -164,16 +160,16 @@ static_assert(kPartPitch == 4 * kOutputs);
 int mlp_parts(const MlpStep& p) {
   if (p.hidden_size > kPartPitch || clusters(p) > kMostParts) return 0;
   bool possible = false;
-  with_kernel(p, [&](auto kernel) { possible = has_clusters_of(kernel, p.cluster, kThreads); });
+  with_kernel(p, [&](auto kernel) { possible = compiled_for(kernel, 90); });
   return possible ? clusters(p) : 0;
 }
 
 void mlp_row(const MlpStep& p, const Launch& how) {
   Launch clustered = how;
-  clustered.cluster = p.cluster;
+  clustered.cluster = kCluster;
   with_kernel(p, [&](auto kernel) {
-    launch(clustered, kernel, "mlp_row", static_cast<unsigned>(clusters(p) * p.cluster), kThreads,
-           0, p, 1.0f / static_cast<float>(p.hidden_size));
+    launch(clustered, kernel, "mlp_row", static_cast<unsigned>(clusters(p) * kCluster), kThreads, 0,
+           p, 1.0f / static_cast<float>(p.hidden_size));
   });
 }
 

@@ -102,7 +102,6 @@ void gate_row(const GateStep& p, const Launch& how);
 struct MlpStep : GateStep {
   const void* down = nullptr;  // (D, F)
   float* parts = nullptr;      // (mlp_parts(), kPartPitch)
-  int cluster = 16;            // blocks
 };
 int mlp_parts(const MlpStep& p);  // 0 where the device or the sizes do not allow it
 void mlp_row(const MlpStep& p, const Launch& how);
