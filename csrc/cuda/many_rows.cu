@@ -2,7 +2,6 @@
 
 #include "../runtime/range.h"
 #include "dense/gated.h"
-#include "dense/projected.h"
 #include "many_rows.h"
 #include "rows/rows.h"
 
@@ -56,10 +55,6 @@ void ManyRows::project_vocabulary() {
   }
 }
 
-bool ManyRows::projects(int64_t columns) const {
-  return takes_projected_rows(m_.dtype, m_.c.hidden_size, columns, m_.head_dim());
-}
-
 // cuBLASLt takes milliseconds when it first meets a shape; after this none is new.
 void ManyRows::prepare() {
   const LayerWeights& layer = m_.weights.layers.front();
@@ -70,7 +65,6 @@ void ManyRows::prepare() {
   char* wide = base_ + lane_.wide;
   for (int64_t rows = 64; rows <= lane_.rows; rows = padded_rows(rows + 1)) {
     for (int64_t columns : {dq, 2 * dkv, dq + 2 * dkv}) {
-      if (projects(columns)) continue;
       dense_.product(input, rows, layer.qkv_proj_weight, layer.qkv_proj_bias, columns, d, wide,
                      columns, how_);
     }
@@ -144,46 +138,50 @@ void ManyRows::norm(const Norm* norm) {
 }
 
 void ManyRows::project(const Verb& verb, const Span& span) {
-  const LayerWeights& layer = m_.layer(verb);
   const int64_t first = verb.queries ? 0 : m_.c.query_dim();  // column
-  ProjectedRows p;
-  p.dtype = m_.dtype;
-  p.rows = rows_;
-  p.begin = span.begin;
-  p.query_heads = m_.heads();
-  p.kv_heads = m_.kv_heads();
-  p.head_dim = m_.head_dim();
-  p.rope = m_.rope;
-  if (verb.queries) p.query = base_ + lane_.query;
+  RotateRows r;
+  if (w_.tabled && tokens_ != nullptr) {
+    r.lines = base_ + w_.table + first * m_.element();
+    r.line_stride = line_columns();
+    r.tokens = tokens_;
+    if (verb.queries) norm(nullptr);  // without queries nothing follows that reads x
+  } else {
+    r.lines = base_ + lane_.wide;
+    r.line_stride = product_of_x(verb, first);
+  }
+  r.dtype = m_.dtype;
+  r.rows = rows_;
+  r.begin = span.begin;
+  r.query_heads = m_.heads();
+  r.kv_heads = m_.kv_heads();
+  r.head_dim = m_.head_dim();
+  r.rope = m_.rope;
+  if (verb.queries) r.query = base_ + lane_.query;
   if (verb.keys_values) {
     const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
     const KeyGroup group = keys(*verb.keys_values, verb, span);
     // Row 0 of the head, whatever the first row that attention reads.
     const int64_t skipped = slots.first * m_.c.head_dim() * m_.element();
-    p.keys = static_cast<char*>(group.keys.data) - skipped;
-    p.values = static_cast<char*>(group.values.data) - skipped;
-    p.head_stride = group.keys.head_stride;
-    p.slot = span.begin - slots.base;
+    r.keys = static_cast<char*>(group.keys.data) - skipped;
+    r.values = static_cast<char*>(group.values.data) - skipped;
+    r.head_stride = group.keys.head_stride;
+    r.slot = span.begin - slots.base;
   }
-  if (w_.tabled && tokens_ != nullptr) {
-    p.lines = base_ + w_.table + first * m_.element();
-    p.line_stride = line_columns();
-    p.tokens = tokens_;
-    if (verb.queries) norm(nullptr);  // without queries nothing follows that reads x
-    return rotate_rows(p, how_);
-  }
+  rotate_rows(r, how_);
+}
+
+// Makes a projection's lines from its column `first` on; returns how many columns they have.
+int64_t ManyRows::product_of_x(const Verb& verb, int64_t first) {
+  const LayerWeights& layer = m_.layer(verb);
   const Norm attention_norm = m_.norm(layer.attn_norm_weight, layer.attn_norm_bias);
   norm(&attention_norm);
-  p.input = base_ + lane_.normed;
-  p.inputs = m_.c.hidden_size;
-  p.weight = static_cast<const char*>(layer.qkv_proj_weight) + first * p.inputs * m_.element();
-  p.bias = static_cast<const char*>(layer.qkv_proj_bias) + first * m_.element();
-  p.line_stride = (verb.keys_values ? line_columns() : m_.c.query_dim()) - first;
-  if (projects(p.line_stride)) return projected_rows(p, how_);
-  p.lines = base_ + lane_.wide;
-  dense_.product(p.input, padded_, p.weight, p.bias, p.line_stride, p.inputs, base_ + lane_.wide,
-                 p.line_stride, how_);
-  rotate_rows(p, how_);
+  const int64_t inputs = m_.c.hidden_size;
+  const int64_t columns = (verb.keys_values ? line_columns() : m_.c.query_dim()) - first;
+  dense_.product(base_ + lane_.normed, padded_,
+                 static_cast<const char*>(layer.qkv_proj_weight) + first * inputs * m_.element(),
+                 static_cast<const char*>(layer.qkv_proj_bias) + first * m_.element(), columns,
+                 inputs, base_ + lane_.wide, columns, how_);
+  return columns;
 }
 
 KeyGroup ManyRows::keys(Cache cache, const Verb& verb, const Span& span) const {

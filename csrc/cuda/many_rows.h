@@ -21,7 +21,7 @@ class ManyRows {
   void project_vocabulary();
   void norm(const Norm* norm);
   void project(const Verb& verb, const Span& span);
-  bool projects(int64_t columns) const;  // in one kernel
+  int64_t product_of_x(const Verb& verb, int64_t first);
   void attend(const Verb& verb, const Span& span);
   void finish(const Verb& verb);
   void gate(const LayerWeights& layer);
