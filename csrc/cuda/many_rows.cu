@@ -73,6 +73,7 @@ void ManyRows::prepare() {
     }
     const float* bias = reinterpret_cast<const float*>(base_ + w_.biases);
     if (rows > padded_rows(m_.plan.piece_rows())) continue;
+    dense_.set(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
     dense_.add(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
     dense_.add(base_ + lane_.output, rows, layer.down_proj_weight, nullptr, d, f, x, how_);
   }
@@ -144,7 +145,6 @@ void ManyRows::project(const Verb& verb, const Span& span) {
     r.lines = base_ + w_.table + first * m_.element();
     r.line_stride = line_columns();
     r.tokens = tokens_;
-    if (verb.queries) norm(nullptr);  // without queries nothing follows that reads x
   } else {
     r.lines = base_ + lane_.wide;
     r.line_stride = product_of_x(verb, first);
@@ -227,26 +227,43 @@ void ManyRows::finish(const Verb& verb) {
   const int64_t d = m_.c.hidden_size;
   const float* bias = reinterpret_cast<const float*>(base_ + w_.biases) +
                       (verb.block * m_.c.block_depth + verb.layer) * d;
-  dense_.add(base_ + lane_.output, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_,
-             how_);
   const Norm mlp_norm = m_.norm(layer.mlp_norm_weight, layer.mlp_norm_bias);
-  norm(&mlp_norm);
-  gate(layer);
+  const void* const attended = base_ + lane_.output;
+  GatedProduct g{m_.dtype,
+                 rows_,
+                 d,
+                 m_.c.intermediate_size,
+                 x_,
+                 mlp_norm,
+                 layer.gate_proj_weight,
+                 layer.up_proj_weight,
+                 base_ + lane_.output};
+  if (gated_ && tokens_ != nullptr) {  // it makes x's rows, too
+    float* const branch = reinterpret_cast<float*>(base_ + lane_.wide);
+    dense_.set(attended, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), branch, how_);
+    g.embed = m_.weights.embed_tokens;
+    g.tokens = tokens_;
+    g.branch = branch;
+    tokens_ = nullptr;
+  } else {
+    if (tokens_ != nullptr) norm(nullptr);
+    dense_.add(attended, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_, how_);
+  }
+  if (gated_) {
+    gated_product(g, how_);
+  } else {
+    norm(&mlp_norm);
+    gate(layer);
+  }
   dense_.add(base_ + lane_.output, padded_, layer.down_proj_weight, nullptr, d,
              m_.c.intermediate_size, x_, how_);
 }
 
-// output (rows, F) <- silu(gate) * up.
+// output (rows, F) <- silu(gate) * up, of the normed rows.
 void ManyRows::gate(const LayerWeights& layer) {
   const int64_t d = m_.c.hidden_size, f = m_.c.intermediate_size;
   const char* normed = base_ + lane_.normed;
   char *gate_up = base_ + lane_.wide, *hidden = base_ + lane_.output;
-  if (gated_) {
-    gated_product(
-        {m_.dtype, rows_, d, f, normed, layer.gate_proj_weight, layer.up_proj_weight, hidden},
-        how_);
-    return;
-  }
   for (int64_t first = 0; first < rows_; first += lane_.gated_rows) {
     const int64_t rows = std::min(lane_.gated_rows, rows_ - first), padded = padded_rows(rows);
     const char* from = normed + first * d * m_.element();

@@ -36,8 +36,8 @@ class ManyRows {
   char* base_;
   Launch how_;
   Dense dense_;
-  const bool gated_;                 // gate and up are one kernel
-  const int32_t* tokens_ = nullptr;  // of an embed verb that waits for the next norm
+  const bool gated_;                 // norm, gate and up are one kernel
+  const int32_t* tokens_ = nullptr;  // of an embed verb whose rows x does not hold yet
   float* x_ = nullptr;
   int64_t rows_ = 0;
   int64_t padded_ = 0;  // rows that products compute

@@ -103,6 +103,16 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Of several values at once, so that their exchanges do not wait for one another.
+template <int kCount>
+__device__ inline void warp_sums(float (&x)[kCount]) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], lane);
+  }
+}
+
 // The order of floats, negative ones turned around, is that of their bits; for these there is one
 // instruction.
 __device__ inline float warp_max(float x) {

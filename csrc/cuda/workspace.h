@@ -81,7 +81,7 @@ struct Workspace {
     int64_t history = 0;     // x of a piece of the history, float32 (piece, D)
     int64_t normed = 0;      // (R, D)
     int64_t gated_rows = 0;  // of gate and up at once, where each is a product of its own
-    int64_t wide = 0;        // (R, (Hq + 2 Hkv) d), (gated_rows, 2 F)
+    int64_t wide = 0;        // (R, (Hq + 2 Hkv) d), (gated_rows, 2 F), float32 (R, D)
     int64_t query = 0;       // (R, Hq d)
     int64_t output = 0;      // (R, max(Hq d, F)): attended, then the MLP's hidden rows
     int64_t attention = 0;   // of prefill_attention
@@ -137,7 +137,8 @@ struct Workspace {
       lane.history = take(padded_rows(piece) * d * 4);
       lane.normed = take(lane.rows * d * element);
       lane.gated_rows = std::max(std::min<int64_t>(lane.rows, 512), lane.rows / 1024 * 512);
-      lane.wide = take(std::max(lane.rows * line, lane.gated_rows * 2 * f) * element);
+      lane.wide = take(std::max(
+          {lane.rows * line * element, lane.gated_rows * 2 * f * element, lane.rows * d * 4}));
       lane.query = take(lane.rows * c.query_dim() * element);
       lane.output = take(lane.rows * std::max(c.query_dim(), f) * element);
       lane.attention = take(w.attention_bytes);

@@ -103,6 +103,17 @@ void test_products(Dense& dense, size_t rows, size_t outputs, size_t inputs, siz
                   1e-5 * (want.magnitude + std::fabs(old)));
     });
     CHECK(untouched(&sum[rows * outputs], outputs));
+
+    const Array<float> fresh((rows + 1) * outputs);  // NaN before
+    dense.set(input_d.data(), int64_t(rows), weight_d, with_bias ? wide_bias_d.data() : nullptr,
+              int64_t(outputs), int64_t(inputs), fresh.data(), launched());
+    check(cudaStreamSynchronize(stream), "set");
+    const auto set = fresh.get();
+    problem.each([&](size_t row, size_t output) {
+      const auto want = problem.at(row, output, with_bias);
+      CHECK_CLOSE(set[row * outputs + output], want.value, 1e-5 * want.magnitude);
+    });
+    CHECK(untouched(&set[rows * outputs], outputs));
   }
 }
 
@@ -124,6 +135,7 @@ void test_all() {
   test_products<T>(dense, 9, 8, 8, 24, 0, seed += 10);
   // No rows: nothing happens.
   dense.product(nullptr, 0, nullptr, nullptr, 8, 8, nullptr, 8, launched());
+  dense.set(nullptr, 0, nullptr, nullptr, 8, 8, nullptr, launched());
   dense.add(nullptr, 0, nullptr, nullptr, 8, 8, nullptr, launched());
   // More shapes than are kept.
   const Array<T> input(gpu::normal<T>(1100 * 8, 1)), weight(gpu::normal<T>(64, 2)), to(1100 * 8);
@@ -163,12 +175,24 @@ void bench(size_t rows, size_t d, size_t f) {
   time_product("q", d, d, true);
   time_product("q k v", 3 * d, 3 * d, true);
   time_product("k v", 2 * d, 2 * d, true);
+  time("out, float32", d, d, 4, [&](cudaStream_t on) {
+    dense.set(input.data(), row_count, weight.data(), wide_bias.data(), int64_t(d), int64_t(d),
+              x.data(), {on});
+  });
   time("out, added", d, d, 8, [&](cudaStream_t on) {
     dense.add(input.data(), row_count, weight.data(), wide_bias.data(), int64_t(d), int64_t(d),
               x.data(), {on});
   });
   time_product("gate or up, into rows of both", f, 2 * f, false);
   time_product("gate and up as one matrix", 2 * f, 2 * f, false);
+  time("down, float32", d, f, 4, [&](cudaStream_t on) {
+    dense.set(hidden.data(), row_count, weight.data(), nullptr, int64_t(d), int64_t(f), x.data(),
+              {on});
+  });
+  time("down, 16 bits", d, f, 2, [&](cudaStream_t on) {
+    dense.product(hidden.data(), row_count, weight.data(), nullptr, int64_t(d), int64_t(f),
+                  to.data(), int64_t(d), {on});
+  });
   time("down, added", d, f, 8, [&](cudaStream_t on) {
     dense.add(hidden.data(), row_count, weight.data(), nullptr, int64_t(d), int64_t(f), x.data(),
               {on});

@@ -25,7 +25,7 @@ struct Plan {
 }  // namespace
 
 struct Dense::Impl {
-  using Key = std::array<int64_t, 6>;  // rows, outputs, inputs, to_stride, adds, has a bias
+  using Key = std::array<int64_t, 6>;  // rows, outputs, inputs, to_stride, to float32, has a bias
 
   cudaDataType_t type = CUDA_R_16BF;
   void* workspace = nullptr;
@@ -43,15 +43,16 @@ struct Dense::Impl {
   ~Impl() { cublasLtDestroy(handle); }
 
   Plan make(const Key& key, const void* bias) const;
-  void multiply(const Key& key, const void* input, const void* weight, const void* bias, void* to,
-                cudaStream_t stream);
+  // to <- beta to + the product
+  void multiply(const Key& key, const void* input, const void* weight, const void* bias, float beta,
+                void* to, cudaStream_t stream);
 };
 
 Plan Dense::Impl::make(const Key& key, const void* bias) const {
-  const auto [rows, outputs, inputs, to_stride, adds, has_bias] = key;
+  const auto [rows, outputs, inputs, to_stride, to_float32, has_bias] = key;
   const auto columns = static_cast<uint64_t>(rows);
   const auto m = static_cast<uint64_t>(outputs), k = static_cast<uint64_t>(inputs);
-  const cudaDataType_t to_type = adds ? CUDA_R_32F : type;  // a bias is of the same type
+  const cudaDataType_t to_type = to_float32 ? CUDA_R_32F : type;  // a bias is of the same type
   Plan plan;
   check(cublasLtMatmulDescInit(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F),
         "cublasLtMatmulDescInit");
@@ -98,7 +99,7 @@ Plan Dense::Impl::make(const Key& key, const void* bias) const {
 }
 
 void Dense::Impl::multiply(const Key& key, const void* input, const void* weight, const void* bias,
-                           void* to, cudaStream_t stream) {
+                           float beta, void* to, cudaStream_t stream) {
   auto at = plans.find(key);
   if (at == plans.end()) {
     if (plans.size() >= 1024) plans.clear();  // of prompts of ever other lengths
@@ -110,8 +111,7 @@ void Dense::Impl::multiply(const Key& key, const void* input, const void* weight
                                          sizeof(bias)),
           "cublasLtMatmulDescSetAttribute");
   }
-  const bool adds = key[4] != 0;
-  const float alpha = 1.0f, beta = adds ? 1.0f : 0.0f;
+  const float alpha = 1.0f;
   check(cublasLtMatmul(handle, &plan.operation, &alpha, weight, &plan.weight, input, &plan.input,
                        &beta, to, &plan.to, to, &plan.to, &plan.algorithm, workspace,
                        workspace_bytes, stream),
@@ -127,15 +127,22 @@ void Dense::product(const void* input, int64_t rows, const void* weight, const v
                     int64_t outputs, int64_t inputs, void* to, int64_t to_stride,
                     const Launch& how) {
   if (rows == 0) return;
-  impl_->multiply({rows, outputs, inputs, to_stride, 0, bias != nullptr}, input, weight, bias, to,
-                  how.stream);
+  impl_->multiply({rows, outputs, inputs, to_stride, 0, bias != nullptr}, input, weight, bias, 0.0f,
+                  to, how.stream);
+}
+
+void Dense::set(const void* input, int64_t rows, const void* weight, const float* bias,
+                int64_t outputs, int64_t inputs, float* x, const Launch& how) {
+  if (rows == 0) return;
+  impl_->multiply({rows, outputs, inputs, outputs, 1, bias != nullptr}, input, weight, bias, 0.0f,
+                  x, how.stream);
 }
 
 void Dense::add(const void* input, int64_t rows, const void* weight, const float* bias,
                 int64_t outputs, int64_t inputs, float* x, const Launch& how) {
   if (rows == 0) return;
-  impl_->multiply({rows, outputs, inputs, outputs, 1, bias != nullptr}, input, weight, bias, x,
-                  how.stream);
+  impl_->multiply({rows, outputs, inputs, outputs, 1, bias != nullptr}, input, weight, bias, 1.0f,
+                  x, how.stream);
 }
 
 // What NVIDIA recommends for Hopper.

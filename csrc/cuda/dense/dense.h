@@ -21,8 +21,11 @@ class Dense {
   // null). input (rows, inputs) dense, weight (outputs, inputs), both of dtype.
   void product(const void* input, int64_t rows, const void* weight, const void* bias,
                int64_t outputs, int64_t inputs, void* to, int64_t to_stride, const Launch& how);
-  // x (rows, outputs) float32 += input weight^T + bias (or null), in float32 as x is: cuBLASLt adds
+  // x (rows, outputs) float32 <- input weight^T + bias (or null), in float32 as x is: cuBLASLt adds
   // no other.
+  void set(const void* input, int64_t rows, const void* weight, const float* bias, int64_t outputs,
+           int64_t inputs, float* x, const Launch& how);
+  // x += the same.
   void add(const void* input, int64_t rows, const void* weight, const float* bias, int64_t outputs,
            int64_t inputs, float* x, const Launch& how);
 

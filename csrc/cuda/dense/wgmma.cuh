@@ -23,25 +23,15 @@ __device__ inline uint64_t tile_descriptor(uint32_t address) {
 }
 
 // By one thread: copies the box at `place` (innermost first) of a tensor; the barrier counts bytes.
-template <int kDimensions>
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* tensor, uint32_t barrier,
-                                const int (&place)[kDimensions]) {
+                                const int (&place)[5]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static_assert(kDimensions == 2 || kDimensions == 5);
-  if constexpr (kDimensions == 2) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%3, %4}], [%2];" ::"r"(to),
-        "l"(tensor), "r"(barrier), "r"(place[0]), "r"(place[1])
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-        "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
-        "l"(tensor), "r"(barrier), "r"(place[0]), "r"(place[1]), "r"(place[2]), "r"(place[3]),
-        "r"(place[4])
-        : "memory");
-  }
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+      "l"(tensor), "r"(barrier), "r"(place[0]), "r"(place[1]), "r"(place[2]), "r"(place[3]),
+      "r"(place[4])
+      : "memory");
 #endif
 }
 

@@ -1,5 +1,5 @@
 // Bound by memory: every value is read and written once, by as many warps as the device holds.
-#include "../numeric.cuh"
+#include "norm.cuh"
 #include "rows.h"
 
 namespace tlinformer::cuda {
@@ -10,12 +10,6 @@ constexpr int kWarps = kThreads / 32;
 
 unsigned blocks(int64_t items, int64_t of_a_block) {
   return static_cast<unsigned>((items + of_a_block - 1) / of_a_block);
-}
-
-template <class T>
-__device__ inline float4 widened(uint2 words) {
-  const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
-  return {low.x, low.y, high.x, high.y};
 }
 
 // A warp a row. Of the row's chunks of 4 values each lane takes every 32nd: it keeps kKept of them
@@ -59,23 +53,18 @@ __global__ void __launch_bounds__(kThreads) tlin_norm_rows(NormRows n, Norm norm
   float sum = 0;
   each([&](int chunk, float4 v) {
     if (kGather && n.x != nullptr) x[chunk] = v;
-    sum += (v.x + v.y) + (v.z + v.w);
+    sum += sum_of(v);
   });
   if (norm.weight == nullptr) return;
   const float mean = warp_sum(sum) / static_cast<float>(n.hidden_size);
   float squares = 0;
-  each([&](int, float4 v) {
-    const float a = v.x - mean, b = v.y - mean, c = v.z - mean, d = v.w - mean;
-    squares += (a * a + b * b) + (c * c + d * d);
-  });
+  each([&](int, float4 v) { squares += squares_of(v, mean); });
   const float scale = rsqrtf(warp_sum(squares) / static_cast<float>(n.hidden_size) + norm.epsilon);
   const uint2* const weight = static_cast<const uint2*>(norm.weight) + lane;
   const uint2* const bias = static_cast<const uint2*>(norm.bias) + lane;
-  uint2* const normed = static_cast<uint2*>(n.normed) + row * chunks + lane;
+  uint2* const to = static_cast<uint2*>(n.normed) + row * chunks + lane;
   each([&](int chunk, float4 v) {
-    const float4 w = widened<T>(weight[chunk]), b = widened<T>(bias[chunk]);
-    normed[chunk] = {pack<T>((v.x - mean) * scale * w.x + b.x, (v.y - mean) * scale * w.y + b.y),
-                     pack<T>((v.z - mean) * scale * w.z + b.z, (v.w - mean) * scale * w.w + b.w)};
+    to[chunk] = normed<T>(v, mean, scale, weight[chunk], bias[chunk]);
   });
 }
 
