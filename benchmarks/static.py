@@ -1,0 +1,290 @@
+"""Peers with preallocated caches in plain PyTorch, as a careful user writes them.
+
+The rows of all caches are views of one tensor; row-wise work is compiled (on a GPU), a token is a
+CUDA graph, and each attention takes the fastest of PyTorch's kernels for its shape. Heads are
+padded to a multiple of 8, which spares the kernels a copy of the cache. A graph reads just the
+rows that there are, without a mask: a user would need one mask or a graph for each length, so
+these are lower bounds of a user's times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import milliseconds
+from peers import Graphed
+from sizes import row_bytes, weight_count
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tlinformer import TLinFormerConfig
+from tlinformer.layer import Layer
+
+PIECE = 16384  # rows that pass through a layer at once
+
+
+def project(layer: Layer, x: Tensor, rope: Tensor, arena: Tensor, slots: Tensor) -> Tensor:
+    """Queries (B, Hq, rows, padded d); keys and values go to `slots` (2, B, Hkv, rows) of arena."""
+    q, k, v = layer.project(x, rope)
+    kv = torch.stack([k, v]).transpose(2, 3)
+    arena[slots[..., None] + torch.arange(kv.size(-1), device=x.device)] = kv
+    return F.pad(q.transpose(1, 2), (0, -q.size(-1) % 8))
+
+
+def finish(layer: Layer, x: Tensor, o: Tensor) -> Tensor:
+    """x (B, rows, D) and o (B, Hq, rows, padded d) -> (B, rows, D)."""
+    return layer.finish(x, o[..., : layer.head_dim].transpose(1, 2).flatten(2))
+
+
+def angles(position: Tensor, frequencies: Tensor) -> Tensor:
+    """Positions (rows), float64 -> what `rotate` takes (1, rows, 1, d/2, 2)."""
+    angle = position[:, None] * frequencies
+    return torch.stack([angle.cos(), angle.sin()], -1)[None, :, None].float()
+
+
+@cache
+def compiled(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """`verb` compiled for each number of rows, and for arenas of any size."""
+    import torch._inductor.config as inductor
+
+    inductor.assert_indirect_indexing = False
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(verb, fullgraph=True)
+
+
+def sdpa(
+    backend: SDPBackend, causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    shape, grouped = q.shape, q.size(1) != k.size(1)
+    if grouped and q.size(2) == 1:  # the heads of a group are rows that see the same keys
+        q, grouped = q.reshape(q.size(0), k.size(1), -1, q.size(3)), False
+    with sdpa_kernel(backend):
+        o = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return o.reshape(shape)
+
+
+@cache
+def flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_decode(scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex()(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+class Static(Graphed):
+    """Arena, compiled verbs and the choice of kernels."""
+
+    def __init__(self, model: Any, max_context: int, batch: int) -> None:
+        super().__init__(model, max_context, batch)
+        c = self.config
+        self.padded, self.length = c.head_dim + -c.head_dim % 8, 0
+        pair = torch.arange(c.head_dim // 2, dtype=torch.float64, device=self.device)
+        self.frequencies = c.rope_theta ** (-2 * pair / c.head_dim)
+        self.position = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self.layers: list[Layer] = [layer for block in model.blocks for layer in block.layers]
+        self.picked: dict[tuple[int, int, bool], tuple[str, Callable[..., Tensor]]] = {}
+        self.one_row: dict[tuple[Any, int], Tensor] = {}
+        rows = self.regions(c, max_context)
+        element = 2 * batch * c.kv_heads * self.padded
+        self.arena = torch.zeros(sum(rows.values()) * element, dtype=self.dtype, device=self.device)
+        torch._dynamo.maybe_mark_dynamic(self.arena, 0)
+        self.cache, self.offset, begin = {}, {}, 0
+        for name, count in rows.items():
+            shape = (2, batch, c.kv_heads, count, self.padded)
+            self.cache[name] = self.arena[begin : begin + count * element].view(shape)
+            self.offset[name] = begin
+            begin += count * element
+
+    @classmethod
+    def regions(cls, config: TLinFormerConfig, context: int) -> dict[Any, int]:
+        """Rows of each cache."""
+        raise NotImplementedError
+
+    @classmethod
+    def state_bytes(cls, config: TLinFormerConfig, context: int, batch: int, element: int) -> int:
+        padded = config.head_dim + -config.head_dim % 8
+        rows = sum(cls.regions(config, context).values())
+        return batch * rows * row_bytes(config, element) * padded // config.head_dim
+
+    @classmethod
+    def token_bytes(cls, config: TLinFormerConfig, history: int, batch: int, element: int) -> int:
+        rows = sum(cls.regions(config, history).values())
+        return (weight_count(config) + batch * rows * row_bytes(config, 1)) * element
+
+    def verb(self, verb: Callable[..., Any], *args: Any) -> Any:
+        if self.device.type != "cuda":  # there compiling takes longer than what is measured
+            return verb(*args)
+        return compiled(verb)(*args)
+
+    def rope(self, begin: int, end: int) -> Tensor:
+        return angles(
+            torch.arange(begin, end, dtype=torch.float64, device=self.device), self.frequencies
+        )
+
+    def slots(self, name: Any, slot: int, rows: int) -> Tensor:
+        """Where rows slot ... of a cache begin in the arena, (2, B, Hkv, rows)."""
+        known = self.one_row.get((name, slot)) if rows == 1 else None
+        if known is not None:
+            return known
+        view = self.cache[name][:, :, :, slot : slot + rows]
+        index = torch.full((1,), self.offset[name] + slot * self.padded, device=self.device)
+        for axis in range(4):
+            step = torch.arange(view.size(axis), device=self.device) * view.stride(axis)
+            index = index[..., None] + step
+        index = index[0]
+        if rows == 1:
+            self.one_row[name, slot] = index
+        return index
+
+    def project(self, layer: Layer, x: Tensor, rope: Tensor, name: Any, slot: int) -> Tensor:
+        slots = self.slots(name, slot, x.size(1))
+        return self.verb(project, layer, x, rope, self.arena, slots)
+
+    def pieces(self, begin: int, end: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
+        for first in range(begin, end, size):
+            yield first, min(end, first + size)
+
+    def finish(self, layer: Layer, x: Tensor, o: Tensor) -> Tensor:
+        if x.size(1) <= PIECE:
+            return self.verb(finish, layer, x, o)
+        done = [
+            self.verb(finish, layer, x[:, a:b], o[:, :, a:b]) for a, b in self.pieces(0, x.size(1))
+        ]
+        return torch.cat(done, 1)
+
+    def ways(self, rows: int, keys: int, causal: bool) -> dict[str, Callable[..., Tensor]]:
+        scale = self.config.head_dim**-0.5
+        if self.device.type != "cuda":
+            return {"sdpa": partial(sdpa, list(_cpu_backends()), causal, scale)}
+        found = {
+            name: partial(sdpa, getattr(SDPBackend, name.upper()), causal, scale)
+            for name in ("flash_attention", "efficient_attention", "cudnn_attention")
+        }
+        if rows == 1:
+            found["math"] = partial(sdpa, SDPBackend.MATH, causal, scale)
+            if keys >= 8192:
+                found["flex_attention"] = partial(flex_decode, scale)
+        return found
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+        """q (B, Hq, rows, d) with the keys and values (B, Hkv, rows', d)."""
+        rows, keys = q.size(2), k.size(2)
+        shape = (rows, keys.bit_length(), causal)
+        if shape not in self.picked:
+            # A long causal call is tried on its last rows.
+            most = min(rows, 8192) if causal else rows
+            self.picked[shape] = self.pick(
+                q[:, :, -most:],
+                k[:, :, -most:] if causal else k,
+                v[:, :, -most:] if causal else v,
+                causal,
+            )
+        return self.picked[shape][1](q, k, v)
+
+    def pick(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool
+    ) -> tuple[str, Callable[..., Tensor]]:
+        """The fastest way that computes this and agrees with the others."""
+        ways, took, expected = self.ways(q.size(2), k.size(2), causal), {}, None
+        if len(ways) == 1:
+            return next(iter(ways.items()))
+        for name, way in ways.items():
+            try:
+                o = way(q, k, v).float()
+                expected = o if expected is None else expected
+                if (o - expected).norm() > 0.02 * expected.norm():
+                    continue
+                took[name] = milliseconds(partial(way, q, k, v), self.device, 5)
+            except Exception:  # each kernel has its own way to say "not this shape"
+                continue
+        if not took:
+            raise RuntimeError(
+                f"no attention takes queries {tuple(q.shape)}, keys {tuple(k.shape)}"
+            )
+        best = min(took, key=lambda name: took[name])
+        return best, ways[best]
+
+    def detail(self) -> dict[str, Any]:
+        used = {f"{r} x {2**n // 2}+": name for (r, n, _), (name, _) in self.picked.items()}
+        return super().detail() | {"attention": used, "compiled": self.device.type == "cuda"}
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(self.model.norm(x[:, -1]), self.model.embed_tokens.weight)
+
+    def fill(self, length: int) -> None:
+        self.length = length
+        for name in self.cache:
+            self.cache[name][..., : self.config.head_dim].normal_()
+        self.rewind()
+
+    def rewind(self) -> None:
+        self.position.fill_(self.length)
+        self.token.zero_()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.position.fill_(self.length)
+        self.token.copy_(tokens)
+        with torch.no_grad():
+            logits = self.forward()
+        self.length += 1
+        return logits
+
+
+def _cpu_backends() -> tuple[SDPBackend, ...]:
+    return SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+
+
+class StaticTransformer(Static):
+    """The standard Transformer."""
+
+    label = "Transformer"
+
+    @classmethod
+    def regions(cls, config: TLinFormerConfig, context: int) -> dict[Any, int]:
+        return dict.fromkeys(range(config.num_layers), context)
+
+    def rows(self) -> tuple[int, int]:
+        """Of the next token: its slot, and the rows that it reads, its own too."""
+        return self.length, self.length + 1
+
+    def forward(self) -> Tensor:
+        slot, rows = self.rows()
+        x = self.model.embed_tokens(self.token)[:, None]
+        rope = self.verb(angles, self.position, self.frequencies)
+        for i, layer in enumerate(self.layers):
+            q = self.project(layer, x, rope, i, slot)
+            k, v = self.cache[i][:, :, :, :rows]
+            x = self.finish(layer, x, self.attend(q, k, v))
+        self.position.add_(1)
+        return self.head(x)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.length = ids.size(1)
+        x = self.model.embed_tokens(ids.to(self.device))
+        for i, layer in enumerate(self.layers):
+            o = self.attend_all(i, layer, x)
+            x = self.finish(layer, x, o)
+        return self.head(x)
+
+    def attend_all(self, i: int, layer: Layer, x: Tensor) -> Tensor:
+        """Projects and attends for a whole prompt."""
+        q = torch.cat(
+            [
+                self.project(layer, x[:, a:b], self.rope(a, b), i, a)
+                for a, b in self.pieces(0, self.length)
+            ],
+            2,
+        )
+        k, v = self.cache[i][:, :, :, : self.length]
+        return self.attend(q, k, v, causal=True)
