@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, Results
+from measure import RESULTS, Results, free
 from peers import EnginePeer
 from sizes import SIZES, config_of, random_ids, weight_count
 
@@ -26,17 +26,16 @@ SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
 class Taken:
     """Bytes taken since this was made: of the GPU, or of the process' pages."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda, self.peak, self.begin = device.type == "cuda", 0, 0
-        if self.cuda:
-            torch.zeros(1).cuda()  # the driver's own memory is not counted
-            torch.cuda.empty_cache()
-        self.begin = self.now()
+    def __init__(self, device: torch.device, before: int) -> None:
+        """`before` bytes were taken already and count, too."""
+        self.cuda, self.peak = device.type == "cuda", 0
+        free(device)
+        self.begin = self.now() - before
 
     def now(self) -> int:
         if self.cuda:
-            free, total = torch.cuda.mem_get_info()
-            return total - free
+            left, total = torch.cuda.mem_get_info()
+            return total - left
         # VmRSS is off by some hundred KB; this counts page by page.
         for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
             if line.startswith("Rss:"):
@@ -52,8 +51,9 @@ class Taken:
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """The peak of a long prompt and the tokens after it, and growth once all code has run."""
     config, device = config_of(args.size), args.device
-    taken = Taken(device)
     model = EnginePeer.make(config, device, args.dtype)
+    weights = weight_count(config) * args.dtype.itemsize
+    taken = Taken(device, before=weights)
     engine = Engine(model, max_context=args.prompt + args.generated + 300, dtype=args.dtype)
     engine.prefill(random_ids(config, 1, args.prompt), progress=taken.look)
     sizes: list[int] = []
@@ -67,7 +67,6 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
             sizes.append(taken.look()) if next(counter) == args.generated - 1 else None
         ),
     )
-    weights = weight_count(config) * args.dtype.itemsize
     return {
         "generated": args.generated,
         "slides": engine.stats.slides - slides,

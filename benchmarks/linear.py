@@ -1,7 +1,8 @@
 """Peers whose state does not grow, through flash-linear-attention (a GPU and Triton).
 
-Depth, width, vocabulary and tied embeddings are the size's; the MLP's width (Mamba-2: the depth)
-makes the parameters as many; a row says how many they are. The recurrent step is one CUDA graph over fixed states.
+Depth, width, vocabulary and tied embeddings are those of the size; the width of the MLP (Mamba-2:
+the depth) makes the parameters as many, and a row says how many. The recurrent step is one CUDA
+graph over fixed states.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How everything is measured: clocks, ceilings, timing with cold caches, energy, one growing JSON file.
+"""How everything is measured: clocks, ceilings, time with cold caches, energy; a file that grows.
 
 A file holds `runs` (a command, what it ran on, the ceilings measured then) and `rows`; a row names
 its run. It is written after each row, so a run that was cut off goes on where it stopped.
@@ -29,9 +29,26 @@ SETTLED = ("ms", "bytes", "skipped")  # a row with one of these is not measured 
 FLUSH = 2**28  # bytes: more than twice any L2
 
 
+def show(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        if isinstance(value, list):
+            print(f"\n{name}")
+            columns = list(value[0])
+            rows = [columns] + [
+                [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+                for row in value
+            ]
+            widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+            for row in rows:
+                print("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+        else:
+            print(f"{name}: {value}")
+
+
 def _output(*command: str) -> str:
+    folder = RESULTS.parent.parent
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
     except FileNotFoundError:
         return ""
 
@@ -52,12 +69,18 @@ def _cpu_name() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
+def version() -> str:
+    """The last commit that changed what is measured; with a + if files have changed since."""
+    code = ("--", "csrc", "tlinformer", "benchmarks/*.py")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", *code)
+    return _output("git", "log", "-1", "--format=%h", *code) + ("+" if changed else "")
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Hardware, clocks, versions and commit."""
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     found = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+        "commit": version(),
         "cpu": _cpu_name(),
         "instruction_set": tlinformer._C.instruction_set(),
         "threads": torch.get_num_threads(),
@@ -182,9 +205,11 @@ class Results:
         return run["ceilings"]
 
     def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The row of these settings that need not be measured again."""
+        """The row of these settings that need not be measured again: one of the same version."""
+        now, runs = version(), self.data["runs"]
         same = (r for r in self.data["rows"] if all(r.get(k) == row.get(k) for k in KEY))
-        return next((r for r in same if any(name in r for name in SETTLED)), None)
+        settled = (r for r in same if any(name in r for name in SETTLED))
+        return next((r for r in settled if runs[r["run"]]["commit"] == now), None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Replaces the row of the same settings, prints it, and writes the file."""
