@@ -86,7 +86,8 @@ def main(arguments: list[str]) -> int:
 
         engine_only.main(suite, rest)
         return 0
-    from suites import MEASURES, PEERS, run
+    from points import PEERS
+    from suites import MEASURES, run
 
     if suite not in MEASURES:
         print(__doc__, file=sys.stdout if suite in ("-h", "--help") else sys.stderr)

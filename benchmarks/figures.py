@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 from measure import RESULTS
 from rows import LABELS, ORDER, line, rows
 from sizes import config_of
@@ -63,12 +63,15 @@ def draw(axes: Axes, lines: dict[str, Lines], title: str, y: str, log: bool = Tr
     axes.set_xticks(
         [x for x in ticks if 0.9 * min(known, default=0) <= x <= 1.1 * max(known, default=0)]
     )
-    axes.minorticks_off()
     if log:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 50 * low:  # powers of ten alone would be one or two
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
     else:
         axes.set_ylim(bottom=0)
+    axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -124,9 +127,19 @@ def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
         return {p: value(suite, peer=p, field=field, **where) for p in ORDER}
 
     draw(a, each("prefill", "ms", batch=1), "Reading a prompt", "ms")
-    draw(b, percent(each("decode", "share", batch=1)), "A token's limit over its time", "%", False)
     draw(
-        c, percent(each("prefill", "share", batch=1)), "A prompt's limit over its time", "%", False
+        b,
+        percent(each("decode", "share", batch=1)),
+        "A token: share of the machine's limit",
+        "%",
+        False,
+    )
+    draw(
+        c,
+        percent(each("prefill", "share", batch=1)),
+        "A prompt: share of the machine's limit",
+        "%",
+        False,
     )
     lengths = sorted({r["history"] for r in rows("batch", device, folder, size=size)})
     for axes, history in zip((d, e), lengths[-2:], strict=False):

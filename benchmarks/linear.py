@@ -168,8 +168,8 @@ class GatedDeltaNet(Linear):
 
     @classmethod
     def shape(cls, config: TLinFormerConfig, units: int) -> dict[str, Any]:
-        # Keys of 3/4 of the width, values twice as wide.
-        heads = 6 if config.hidden_size >= 2048 else 3
+        # Keys of 3/4 of the width, values twice as wide; heads of 256 at most.
+        heads = max(3, config.hidden_size * 3 // 4 // 256)
         size = config.hidden_size * 3 // 4 // heads // 4 * 4
         return {"num_heads": heads, "head_dim": size, "intermediate_size": 8 * units}
 

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sizes import hit_rows, make_model, row_bytes, slide_flops, transformer_flops, weight_count
+from sizes import (
+    attention_flops,
+    dense_flops,
+    hit_rows,
+    make_model,
+    row_bytes,
+    transformer_flops,
+    weight_count,
+)
 from torch import Tensor
 
 from tlinformer import Engine, TLinFormerConfig, TLinFormerForCausalLM, plan_cache
@@ -145,8 +153,8 @@ class EnginePeer(Peer):
     def prefill_flops(cls, config: TLinFormerConfig, length: int) -> float:
         window = config.generation_window
         history = window * ((length - 1) // window)
-        known = history * 4.0 * config.hidden_size * config.kv_heads * config.head_dim
-        return slide_flops(config, history) + known
+        rest = length - history
+        return dense_flops(config, history, rest) + attention_flops(config, history, rest)
 
     def prefill(self, ids: Tensor) -> Tensor:
         return self.engine.prefill(ids)

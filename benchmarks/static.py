@@ -10,16 +10,15 @@ these are lower bounds of a user's times.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import milliseconds
+from attention import FastestAttention
 from peers import Graphed
 from sizes import row_bytes, weight_count
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tlinformer import TLinFormerConfig
 from tlinformer.layer import Layer
@@ -57,30 +56,6 @@ def compiled(verb: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(verb, fullgraph=True)
 
 
-def sdpa(
-    backend: SDPBackend, causal: bool, scale: float, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    shape, grouped = q.shape, q.size(1) != k.size(1)
-    if grouped and q.size(2) == 1:  # the heads of a group are rows that see the same keys
-        q, grouped = q.reshape(q.size(0), k.size(1), -1, q.size(3)), False
-    with sdpa_kernel(backend):
-        o = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-    return o.reshape(shape)
-
-
-@cache
-def flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex_decode(scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return flex()(q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1))
-
-
 class Static(Graphed):
     """Arena, compiled verbs and the choice of kernels."""
 
@@ -92,7 +67,7 @@ class Static(Graphed):
         self.frequencies = c.rope_theta ** (-2 * pair / c.head_dim)
         self.position = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.layers: list[Layer] = [layer for block in model.blocks for layer in block.layers]
-        self.picked: dict[tuple[int, int, bool], tuple[str, Callable[..., Tensor]]] = {}
+        self.attention = FastestAttention(self.config.head_dim**-0.5, self.device)
         self.one_row: dict[tuple[Any, int], Tensor] = {}
         rows = self.regions(c, max_context)
         element = 2 * batch * c.kv_heads * self.padded
@@ -162,61 +137,13 @@ class Static(Graphed):
         ]
         return torch.cat(done, 1)
 
-    def ways(self, rows: int, keys: int, causal: bool) -> dict[str, Callable[..., Tensor]]:
-        scale = self.config.head_dim**-0.5
-        if self.device.type != "cuda":
-            return {"sdpa": partial(sdpa, list(_cpu_backends()), causal, scale)}
-        found = {
-            name: partial(sdpa, getattr(SDPBackend, name.upper()), causal, scale)
-            for name in ("flash_attention", "efficient_attention", "cudnn_attention")
-        }
-        if rows == 1:
-            found["math"] = partial(sdpa, SDPBackend.MATH, causal, scale)
-            if keys >= 8192:
-                found["flex_attention"] = partial(flex_decode, scale)
-        return found
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         """q (B, Hq, rows, d) with the keys and values (B, Hkv, rows', d)."""
-        rows, keys = q.size(2), k.size(2)
-        shape = (rows, keys.bit_length(), causal)
-        if shape not in self.picked:
-            # A long causal call is tried on its last rows.
-            most = min(rows, 8192) if causal else rows
-            self.picked[shape] = self.pick(
-                q[:, :, -most:],
-                k[:, :, -most:] if causal else k,
-                v[:, :, -most:] if causal else v,
-                causal,
-            )
-        return self.picked[shape][1](q, k, v)
-
-    def pick(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool
-    ) -> tuple[str, Callable[..., Tensor]]:
-        """The fastest way that computes this and agrees with the others."""
-        ways, took, expected = self.ways(q.size(2), k.size(2), causal), {}, None
-        if len(ways) == 1:
-            return next(iter(ways.items()))
-        for name, way in ways.items():
-            try:
-                o = way(q, k, v).float()
-                expected = o if expected is None else expected
-                if (o - expected).norm() > 0.02 * expected.norm():
-                    continue
-                took[name] = milliseconds(partial(way, q, k, v), self.device, 5)
-            except Exception:  # each kernel has its own way to say "not this shape"
-                continue
-        if not took:
-            raise RuntimeError(
-                f"no attention takes queries {tuple(q.shape)}, keys {tuple(k.shape)}"
-            )
-        best = min(took, key=lambda name: took[name])
-        return best, ways[best]
+        return self.attention(q, k, v, causal)
 
     def detail(self) -> dict[str, Any]:
-        used = {f"{r} x {2**n // 2}+": name for (r, n, _), (name, _) in self.picked.items()}
-        return super().detail() | {"attention": used, "compiled": self.device.type == "cuda"}
+        picked = {"attention": self.attention.names(), "compiled": self.device.type == "cuda"}
+        return super().detail() | picked
 
     def head(self, x: Tensor) -> Tensor:
         return F.linear(self.model.norm(x[:, -1]), self.model.embed_tokens.weight)
@@ -238,10 +165,6 @@ class Static(Graphed):
             logits = self.forward()
         self.length += 1
         return logits
-
-
-def _cpu_backends() -> tuple[SDPBackend, ...]:
-    return SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
 
 
 class StaticTransformer(Static):

@@ -4,87 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from linear import GLA, GatedDeltaNet, Linear, Mamba2
+from linear import Linear
 from measure import Results, energy, free, spread, times
-from peers import EnginePeer, Graphed, NaiveConcatenate, NaiveRecompute, Peer
-from sizes import config_of, exact, random_ids, slide_flops, weight_count
-from sliding import SlidingWindow
-from static import StaticTransformer
-from static_tlinformer import StaticTLinFormer
+from peers import EnginePeer, Graphed
+from points import MARGIN, Point, points
+from sizes import exact, random_ids, slide_flops, weight_count
 
 from tlinformer.plan import available_memory
 from tlinformer.roofline import seconds
-
-PEERS: dict[str, type[Peer]] = {
-    "engine": EnginePeer,
-    "transformer": StaticTransformer,
-    "tlinformer-pytorch": StaticTLinFormer,
-    "sliding-window": SlidingWindow,
-    "gla": GLA,
-    "gated-deltanet": GatedDeltaNet,
-    "mamba2": Mamba2,
-    "naive-concatenate": NaiveConcatenate,
-    "naive-recompute": NaiveRecompute,
-}
-MARGIN = 2**30  # bytes for activations, kernels and what the libraries take
-
-
-class Point:
-    """One peer at one length: everything a measurement needs, and the row it makes."""
-
-    def __init__(
-        self, args: argparse.Namespace, size: str, name: str, history: int, batch: int
-    ) -> None:
-        self.args, self.size, self.name, self.batch = args, size, name, batch
-        self.config, self.peer = config_of(size), PEERS[name]
-        window = self.config.generation_window
-        self.history = history // window * window
-        self.key = {
-            "suite": args.suite,
-            "size": size,
-            "peer": name,
-            "history": self.history,
-            "batch": batch,
-            "dtype": str(args.dtype).removeprefix("torch."),
-        }
-
-    @property
-    def element(self) -> int:
-        return self.args.dtype.itemsize
-
-    @property
-    def room(self) -> int:
-        """Tokens the peer has room for: some windows, and some to measure energy on."""
-        return self.history + min(self.history // 8, 8192) + 3 * self.config.generation_window
-
-    def work(self, history: int) -> float:
-        """What the time is in proportion to, about."""
-        if self.args.suite == "prefill" or self.peer is NaiveRecompute:
-            return self.batch * self.peer.prefill_flops(self.config, max(1, history))
-        return self.peer.token_bytes(self.config, history, self.batch, self.element)
-
-    def obstacle(self, done: list[dict[str, Any]]) -> str:
-        """Why it cannot be measured here or now; empty when nothing is in the way."""
-        device = self.args.device
-        needed = weight_count(self.config) * self.element + MARGIN
-        needed += self.peer.room_bytes(self.config, self.room, self.batch, self.element, device)
-        if self.args.suite == "prefill" or self.peer is NaiveRecompute:
-            needed += 8 * self.batch * self.history * self.config.hidden_size * self.element
-        free(device)
-        available = available_memory(device)
-        if available and needed > available:
-            return f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are free"
-        names = ("suite", "size", "peer", "batch", "dtype")
-        for row in done:  # the one before, which was shorter but no mere launch
-            if row.get("ms", 0) > 100 and all(row[k] == self.key[k] for k in names):
-                expected = row["ms"] / 1e3 * self.work(self.history) / self.work(row["history"])
-                if row["history"] < self.history and expected > self.args.point_seconds:
-                    return f"one would take about {expected:.0f} s (--point-seconds)"
-        return ""
 
 
 class Models:
@@ -258,14 +188,6 @@ def state(point: Point, models: Models, ceilings: dict[str, Any]) -> dict[str, A
 MEASURES = {"decode": decode, "batch": decode, "prefill": prefill, "cache": state}
 
 
-def points(args: argparse.Namespace) -> Iterator[Point]:
-    for size in args.sizes:
-        for name in args.peers:
-            for batch in args.batch_sizes:
-                for history in sorted(args.histories):
-                    yield Point(args, size, name, history, batch)
-
-
 def measure(
     point: Point, models: Models, results: Results, ceilings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -273,7 +195,7 @@ def measure(
     if missing := point.peer.missing():
         return {"not_installed": missing}
     suite = point.args.suite
-    if suite != "cache" and (why := point.obstacle(results.data["rows"])):
+    if suite != "cache" and (why := point.obstacle(results.data["rows"], ceilings)):
         return {"skipped": why}
     try:
         checked = models.check(point) if suite != "cache" else {}
