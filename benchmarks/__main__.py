@@ -8,6 +8,7 @@
     python benchmarks trace                         # what happens between two slides on a GPU
     python benchmarks train-step --device cuda      # training beside a Transformer's
     python benchmarks decode --smoke                # the same in tiny, in seconds
+    tlinformer bench decode                         # the same as python benchmarks decode
     python benchmarks/report.py                     # tables and pictures of all results
 
 Rows go to benchmarks/results/SUITE-DEVICE.json as they are measured. The same command again
@@ -30,9 +31,10 @@ from measure import RESULTS
 from sizes import SIZES
 
 LENGTHS = {
-    "cuda": [0, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20],
+    "cuda": [0, 2**10, 2**12, 2**14, 2**17, 2**19, 2**20],
     "cpu": [0, 2**10, 2**12, 2**14],
 }
+PROMPTS = {"cuda": [2**10, 2**14, 2**17, 2**19, 2**20], "cpu": [2**10, 2**12, 2**14]}
 BATCHES = {"cuda": ([1, 4, 16, 64], [2**10, 2**15]), "cpu": ([1, 4], [2**10])}
 
 
@@ -65,7 +67,8 @@ def resolve(args: argparse.Namespace, suite: str) -> None:
     args.suite, args.device = suite, torch.device(args.device)
     kind = args.device.type
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if kind == "cuda" else "float32"))
-    batches, lengths = BATCHES[kind] if suite == "batch" else ([1], LENGTHS[kind])
+    lengths = (PROMPTS if suite == "prefill" else LENGTHS)[kind]
+    batches, lengths = BATCHES[kind] if suite == "batch" else ([1], lengths)
     if args.smoke:
         args.sizes, lengths, args.calls, args.point_seconds = ["tiny"], [0, 64, 160], 2, 5
     else:

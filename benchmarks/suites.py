@@ -51,15 +51,16 @@ def errors(point: Point, model: Any) -> dict[str, float]:
     """
     peer, config, device = point.peer, point.config, point.args.device
     window = config.generation_window
-    begin, steps = 2 * window - 2, 5
+    # Whole windows: the first step slides. 1024 rows, as many as a later prompt has.
+    begin, steps = window * max(2, min(4, 1024 // window)), 5
     torch.manual_seed(1)
-    ids = random_ids(config, 2, begin + steps + 1)
+    ids = random_ids(config, 1, begin + steps + 1)
     seen = slice(begin - 1, None)
     inputs = ids.to(device)
     with torch.no_grad():
         own = peer.reference(model, inputs)[:, seen].float()
         precise = own if issubclass(peer, Linear) else peer.reference(exact(model), inputs)[:, seen]
-    runner = peer(model, begin + 2 * window, 2)
+    runner = peer(model, begin + 2 * window, 1)
     logits = [runner.prefill(ids[:, :begin])]
     logits += [runner.step(ids[:, begin + i]) for i in range(steps)]
     if isinstance(runner, EnginePeer):  # the device loop draws what these logits say
@@ -96,12 +97,15 @@ def decode(point: Point, models: Models, ceilings: dict[str, Any]) -> dict[str, 
     runner.fill(history + (1 if point.peer is EnginePeer else window // 2))
     loop = runner.tokens()
     loop(1)
+    slides = runner.engine.stats.slides if isinstance(runner, EnginePeer) else 0
     one = seconds(lambda: loop(1), device)
     # All calls of the engine together stay in one window.
     most = (window - 4) // args.calls
     count = max(1, min(most, int(args.point_seconds / args.calls / one)))
     calls = min(args.calls, max(1, int(args.point_seconds / one)))
     row = spread(times(lambda: loop(count), device, calls), count)
+    if isinstance(runner, EnginePeer) and runner.engine.stats.slides != slides:
+        raise ArithmeticError("more tokens than a window holds")
     moved = point.peer.token_bytes(config, history, point.batch, point.element)
     limit = moved / ceilings["bytes_per_second"] * 1e3
     row |= {"tokens_per_second": point.batch / row["ms"] * 1e3, "megabytes": moved / 1e6}
