@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,7 +127,10 @@ class Linear(Graphed):
             fixed = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
             self.states.append((fixed, structure))
             self.cache[i].update(tree_unflatten(fixed, structure))
+
+    def tokens(self) -> Callable[[int], Any]:
         self.saved = [t.clone() for t in self._tensors()]
+        return super().tokens()
 
     def rewind(self) -> None:
         for fixed, saved in zip(self._tensors(), self.saved, strict=True):

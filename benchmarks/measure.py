@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def _cpu_name() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
+@cache
 def version() -> str:
     """The last commit that changed what is measured; with a + if files have changed since."""
     code = ("--", "csrc", "tlinformer", "benchmarks/*.py")

@@ -7,7 +7,7 @@ from typing import Any
 
 import figures
 import numpy as np
-from figures import dtype_of, short
+from figures import SLIDE, dtype_of, short
 from measure import RESULTS
 from peers import EnginePeer
 from rows import LABELS, ORDER, line, rows, sizes_of, why_not
@@ -22,7 +22,7 @@ def peers(folder: Path = RESULTS, images: Path = IMAGES) -> str:
     for device in ("cuda", "cpu"):
         for size in sizes_of(device, folder):
             sections += section(size, device, folder, images)
-    return "\n".join(sections) or "Nothing of the peers has been measured with this version yet."
+    return "\n".join(sections) or "Nothing has been measured beside a Transformer yet."
 
 
 def section(size: str, device: str, folder: Path, images: Path) -> list[str]:
@@ -63,7 +63,7 @@ def matrix(suite: str, field: str, size: str, device: str, folder: Path, **where
     if by == "history":
         found = [r for r in found if r["batch"] == 1]
     if field == "slide_ms":
-        found = [r for r in found if r["peer"] in ("engine", "tlinformer-pytorch") and r["history"]]
+        found = [r for r in found if r["peer"] in SLIDE and r["history"]]
     if not any(field in r for r in found):
         return []
     scale = 2**-20 if field == "bytes" else 1
@@ -114,7 +114,7 @@ def complexity(size: str, device: str, folder: Path) -> list[str]:
     """Measured and predicted coefficients; histories shorter than Woh are not on the line."""
     config, lines = config_of(size), []
     element = 2 if device == "cuda" else 4
-    for peer in ("engine", "tlinformer-pytorch"):
+    for peer in SLIDE:
         for what, suite, field in (("hit", "decode", "ms"), ("miss", "prefill", "slide_ms")):
             where = {"size": size, "batch": 1, "dtype": dtype_of(device)}
             times = line(suite, device, peer, field, folder, **where)

@@ -61,10 +61,9 @@ def prose_8m(path: Path) -> None:
 def table(*lines: list[str], words: int = 1) -> str:
     """Markdown of a head and its rows; all columns but the first `words` hold numbers."""
     head, *rest = lines
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rest)).replace(
-        "|  |", "| |"
-    )
+    rule = "|---" * words + "|---:" * (len(head) - words) + "|"
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rest))
+    return "\n".join([first, rule, *others])
 
 
 def cpu_speed() -> str:

@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         from .bench import SUITES, run_suite
 
         if arguments[0] == "bench" and arguments[1:2] and arguments[1] in SUITES:
-            run_suite(arguments[1:])
-            return 0
+            return run_suite(arguments[1:])
         return app(arguments, prog_name="tlinformer", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:
         for cause in (error, error.__cause__):

@@ -16,12 +16,14 @@ from rich.table import Table
 from .inputs import check_threads, pick_device
 from .plan import parse_tokens
 
-
 SUITES = ("decode", "prefill", "batch", "cache", "memory", "trace", "train-step")
 
 
-def run_suite(arguments: list[str]) -> None:
+def run_suite(arguments: list[str]) -> int:
     """Runs a suite of the repository's benchmarks/, beside which the package lies in a clone.
+
+    Returns:
+        Its exit code.
 
     Raises:
         FileNotFoundError: where there is no clone.
@@ -32,7 +34,11 @@ def run_suite(arguments: list[str]) -> None:
             f"the suite {arguments[0]} needs {folder}: clone the repository and pip install -e it"
         )
     sys.argv = [str(folder), *arguments]
-    runpy.run_path(str(folder), run_name="__main__")
+    try:
+        runpy.run_path(str(folder), run_name="__main__")
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
 
 
 def bench_command(
