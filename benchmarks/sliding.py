@@ -44,7 +44,7 @@ class SlidingWindow(StaticTransformer):
 
     def attend_all(self, i: int, layer: Layer, x: Tensor) -> Tensor:
         """Blocks of a window's rows look at themselves and at the block before them."""
-        window, d = self.window(self.config), self.config.head_dim
+        window = self.window(self.config)
         row = torch.arange(window, device=self.device)
         behind = row[:, None] + window - torch.arange(2 * window, device=self.device)
         band = (behind >= 0) & (behind < window)
@@ -66,22 +66,26 @@ class SlidingWindow(StaticTransformer):
             groups = q.size(1) // k.size(1)
             wide = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (keys, values))
             o = F.scaled_dot_product_attention(
-                *(t.transpose(1, 2).flatten(0, 1) for t in (q, *wide)), mask.flatten(0, 1)[:, None]
+                *(t.transpose(1, 2).flatten(0, 1) for t in (q, *wide)),
+                mask.flatten(0, 1)[:, None],
+                scale=self.config.head_dim**-0.5,
             )
             o = o.unflatten(0, (x.size(0), blocks)).transpose(1, 2).flatten(2, 3)
-            outputs.append(F.pad(o[:, :, : b - a], (0, self.padded - d)))
+            outputs.append(o[:, :, : b - a])
             if b == self.length:
                 last, end = min(window, b), 2 * window + (b - a) - blocks * window
                 slots = torch.arange(b - last, b, device=self.device) % window
                 for which, rows in enumerate((keys, values)):
-                    self.cache[i][which, :, :, slots, :d] = rows[:, :, -1, end - last : end]
+                    self.cache[i][which, :, :, slots] = rows[:, :, -1, end - last : end]
         return torch.cat(outputs, 2)
 
 
 def _blocks(x: Tensor, window: int) -> Tensor:
-    """(B, H, rows, d) -> (B, H, blocks, window, d), zeros at the end."""
+    """(B, H, rows, d) -> (B, H, blocks, window, padded d), zeros in between and at the end."""
     blocks = -(-x.size(2) // window)
-    return F.pad(x, (0, 0, 0, blocks * window - x.size(2))).unflatten(2, (blocks, window))
+    return F.pad(x, (0, -x.size(3) % 8, 0, blocks * window - x.size(2))).unflatten(
+        2, (blocks, window)
+    )
 
 
 def _masked(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
