@@ -40,8 +40,8 @@ class Linear(Graphed):
             try:
                 if importlib.util.find_spec(name) is None:
                     return name
-            except ModuleNotFoundError:
-                return name
+            except ImportError as error:  # of a package above it, or of what that needs
+                return f"{name} ({' '.join(str(error).split())[:100]})"
         return "" if torch.cuda.is_available() else "a GPU, which its kernels need"
 
     @classmethod
