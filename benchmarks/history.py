@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cpu import environment
+from measure import environment
 
 from tlinformer import Engine, TLinFormerForCausalLM
 from tlinformer.data import load_tokenizer, read_text

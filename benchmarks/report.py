@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import peers_report
+from rows import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -56,102 +58,119 @@ def prose_8m(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def table(*lines: list[str], words: int = 1) -> str:
+    """Markdown of a head and its rows; all columns but the first `words` hold numbers."""
+    head, *rest = lines
+    rule = "|---" * words + "|---:" * (len(head) - words) + "|"
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rest))
+    return "\n".join([first, rule, *others])
+
+
 def cpu_speed() -> str:
     """Cache hits on the CPU beside their limit and PyTorch."""
-    rows = load("cpu_speed")["hits"]
-    lines = [
-        "| tokens of history | engine, float32 | over its limit | bfloat16 | over its limit "
-        "| PyTorch static cache, float32 | engine is faster |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+    ways = (("engine", "float32"), ("engine", "bfloat16"), ("tlinformer-pytorch", "float32"))
+    found = [
+        {r["history"]: r for r in rows("decode", "cpu", size="41m", peer=p, dtype=d, batch=1)}
+        for p, d in ways
     ]
-    for history in sorted({r["history"] for r in rows}):
-        f32, b16, torch = (
-            next(r for r in rows if r["history"] == history and r["what"] == what)
-            for what in ("engine float32", "engine bfloat16", "PyTorch float32")
-        )
-        lines.append(
-            f"| {history:,} | {f32['milliseconds']:.1f} ms | {f32['times_the_limit']:.2f}x "
-            f"| {b16['milliseconds']:.1f} ms | {b16['times_the_limit']:.2f}x "
-            f"| {torch['milliseconds']:.1f} ms "
-            f"| {torch['milliseconds'] / f32['milliseconds']:.1f}x |"
-        )
-    return "\n".join(lines)
+    head = ["tokens of history", "engine, float32", "over its limit", "bfloat16"]
+    head += ["over its limit", "PyTorch static cache, float32", "engine is faster"]
+    lines = []
+    for history in sorted(set.intersection(*map(set, found))):
+        f32, b16, torch = (by[history] for by in found)
+        cells = [f"{history:,}"]
+        for r in (f32, b16):
+            cells += [f"{r['ms']:.1f} ms", f"{1 / r['share']:.2f}x"]
+        lines.append([*cells, f"{torch['ms']:.1f} ms", f"{torch['ms'] / f32['ms']:.1f}x"])
+    return table(head, *lines, words=0)
 
 
 def cpu_prefill() -> str:
-    """Prefills on the CPU: dense products against the machine's own matrix rate."""
-    rows = load("cpu_speed")["prefills"]
+    """Prefills on the CPU against the machine's own matrix rate."""
+    ours, torch = (
+        {r["history"]: r for r in rows("prefill", "cpu", size="41m", peer=p, dtype="float32")}
+        for p in ("engine", "tlinformer-pytorch")
+    )
     lines = [
-        "| prompt tokens | engine, float32 | of the sgemm rate | PyTorch | of the sgemm rate |",
-        "|---:|---:|---:|---:|---:|",
+        [f"{n:,}"]
+        + [x for r in (ours[n], torch[n]) for x in (f"{r['ms'] / 1e3:.2f} s", f"{r['share']:.0%}")]
+        for n in sorted(set(ours) & set(torch))
     ]
-    for history in sorted({r["history"] for r in rows}):
-        ours, torch = (
-            next(r for r in rows if r["history"] == history and r["what"] == what)
-            for what in ("engine float32", "PyTorch float32")
-        )
-        lines.append(
-            f"| {history:,} | {ours['seconds']:.2f} s | {ours['share_of_sgemm']:.0%} "
-            f"| {torch['seconds']:.2f} s | {torch['share_of_sgemm']:.0%} |"
-        )
-    return "\n".join(lines)
+    head = ["prompt tokens", "engine, float32", "of the sgemm rate", "PyTorch", "of the sgemm rate"]
+    return table(head, *lines, words=0)
 
 
 def cpu_memory() -> str:
-    r = load("cpu_memory")
-    return (
-        f"| measured | figure |\n|---|---:|\n"
-        f"| resident growth over {r['generated']:,} generated tokens and {r['slides']} slides "
-        f"| {r['resident_growth_bytes']:,} bytes |\n"
-        f"| peak while reading {r['prompt']:,} tokens, over plan + weights "
-        f"({r['plan_and_weights_mib']:,.0f} MiB) | {r['peak_over_plan_and_weights']:.2f}x |"
+    r = rows("memory", "cpu", size="41m")[-1]
+    planned = r["peak_bytes"] / r["peak_over_plan_and_weights"] / 2**20
+    return table(
+        ["measured", "figure"],
+        [
+            f"resident growth over {r['generated']:,} generated tokens and {r['slides']} slides",
+            f"{r['growth_bytes']:,} bytes",
+        ],
+        [
+            f"peak while reading {r['history']:,} tokens, over plan + weights ({planned:,.0f} MiB)",
+            f"{r['peak_over_plan_and_weights']:.2f}x",
+        ],
     )
 
 
-def version(name: str) -> str:
-    """Which version a table is of: the code may have changed since."""
-    of = load(name)["environment"]
-    return f"\n\nMeasured on {of['date']}, commit {of['commit']}."
+def version(runs: Iterable[dict[str, Any]]) -> str:
+    """Which versions a table is of: the code may have changed since."""
+    found = sorted({f"{of['date']}, commit {of['commit']}" for of in runs})
+    return f"\n\nMeasured on {'; '.join(found)}."
+
+
+LONG = 2**21  # tokens from which on a history has a table of its own
 
 
 def cuda_hit() -> str:
     """A greedy token on the GPU beside the time its bytes take."""
-    rows = [r for r in load("cuda_hit")["hits"] if r["tokens"] == "greedy"]
+    found = [r for r in rows("decode", "cuda", peer="engine", batch=1) if "ms" in r]
+    found = [r for r in found if r["history"] < LONG]
+    head = ["model", "tokens of history", "a token", "its bytes at full bandwidth"]
     lines = [
-        "| model | tokens of history | a token | its bytes at full bandwidth |",
-        "|---|---:|---:|---:|",
+        [r["size"].upper(), f"{r['history']:,}", f"{r['ms']:.3f} ms", f"{r['limit_ms']:.3f} ms"]
+        for r in sorted(found, key=by_size)
     ]
-    lines += [
-        f"| {r['model']} | {r['history']:,} | {r['milliseconds']:.3f} ms "
-        f"| {r['limit_milliseconds']:.3f} ms |"
-        for r in rows
-    ]
-    return "\n".join(lines) + version("cuda_hit")
+    return table(head, *lines) + version(r["run"] for r in found)
+
+
+def by_size(row: dict[str, Any]) -> tuple[int, int]:
+    return ("tiny", "41m", "d512", "1.3b", "7b").index(row["size"]), row["history"]
 
 
 def cuda_slide() -> str:
     """Prefills and slides on the GPU."""
-    lines = ["| model | tokens of history | prefill | slide |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {r['model']} | {r['history']:,} | {r['prefill_milliseconds']:.1f} ms "
-        f"| {r['slide_milliseconds']:.2f} ms |"
-        for r in load("cuda_slide")["slides"]
+    found = [r for r in rows("prefill", "cuda", peer="engine", batch=1) if "slide_ms" in r]
+    found = [r for r in found if r["history"] < LONG]
+    lines = [
+        [r["size"].upper(), f"{r['history']:,}", f"{r['ms']:.1f} ms", f"{r['slide_ms']:.2f} ms"]
+        for r in sorted(found, key=by_size)
     ]
-    return "\n".join(lines) + version("cuda_slide")
+    head = ["model", "tokens of history", "prefill", "slide"]
+    return table(head, *lines) + version(r["run"] for r in found)
 
 
 def cuda_long() -> str:
     """Very long histories on one GPU."""
-    r, m = load("cuda_long"), load("cuda_memory")
-    return (
-        f"| measured | figure |\n|---|---:|\n"
-        f"| prefill of {r['prompt']:,} tokens | {r['prefill_seconds']:.2f} s |\n"
-        f"| a token after it | {r['hit_milliseconds']:.1f} ms |\n"
-        f"| a slide after it | {r['slide_milliseconds']:.0f} ms |\n"
-        f"| most device memory | {r['peak_gib']:.1f} GiB |\n"
-        f"| the same at {m['prompt']:,} tokens, over cache + weights "
-        f"| {m['peak_over_cache_and_weights']:.2f}x |"
-    ) + version("cuda_long")
+
+    def longest(suite: str) -> dict[str, Any]:
+        return max(rows(suite, "cuda", size="41m", peer="engine"), key=lambda r: r["history"])
+
+    hit, prompt, memory = longest("decode"), longest("prefill"), longest("memory")
+    lines = [
+        [f"prefill of {prompt['history']:,} tokens", f"{prompt['ms'] / 1e3:.2f} s"],
+        ["a token after it", f"{hit['ms']:.1f} ms"],
+        ["a slide after it", f"{prompt['slide_ms']:.0f} ms"],
+        ["most device memory", f"{memory['peak_bytes'] / 2**30:.1f} GiB"],
+    ]
+    for r in rows("memory", "cuda", size="41m"):
+        words = f"the same at {r['history']:,} tokens, over cache + weights"
+        lines.append([words, f"{r['peak_over_cache_and_weights']:.2f}x"])
+    taken = version(r["run"] for r in (hit, prompt, memory))
+    return table(["measured", "figure"], *lines) + taken
 
 
 def train_speed() -> str:
@@ -166,7 +185,7 @@ def train_speed() -> str:
         f"| {r['flops_allow']:.2f} |"
         for r in load("train_speed")["steps"]
     ]
-    return "\n".join(lines) + version("train_speed")
+    return "\n".join(lines) + version([load("train_speed")["environment"]])
 
 
 def parity() -> str:
@@ -221,3 +240,4 @@ if __name__ == "__main__":
         cuda_long,
         train_speed,
     )
+    fill(ROOT / "docs/benchmarks.md", peers_report.peers)

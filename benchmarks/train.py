@@ -1,7 +1,7 @@
 """Training speed: TLinFormer beside the Transformer of equal size, in one run.
 
-    python benchmarks/train.py --json benchmarks/results/train_speed.json
-    python benchmarks/train.py --device cpu --smoke    # the same in tiny, in seconds
+    python benchmarks train-step --json benchmarks/results/train_speed.json
+    python benchmarks train-step --device cpu --smoke    # the same in tiny, in seconds
 
 steps      tokens/s of the trainer's own step: forward, backward, clipping, AdamW; compiled, in
            bfloat16, with the recipe's dropout. Both models alternate; medians. `flops_allow` is
@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import argparse
 import collections
-import gc
-import importlib
 import itertools
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpu import finish
+from measure import environment, free, milliseconds, show
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -147,12 +147,6 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     return {"steps": rows, **profiles}
 
 
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def profile(state: TrainState, count: int = 3, shown: int = 40) -> list[dict[str, Any]]:
     """The kernels (on the CPU, operators) of a step that take most of its time."""
     from torch.profiler import ProfilerActivity, profile
@@ -201,26 +195,6 @@ def flex() -> Callable[..., Tensor]:
         return compiled(q, k, v, block_mask=masks[m]) + compiled(q, ck, cv)
 
     return both
-
-
-def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median over calls in a row; on a GPU by its own clock."""
-    for _ in range(3):
-        call()
-    if device.type != "cuda":
-        marks = [time.perf_counter()]
-        for _ in range(repeats):
-            call()
-            marks.append(time.perf_counter())
-        return statistics.median(b - a for a, b in itertools.pairwise(marks)) * 1e3
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda._sleep(10_000_000)  # the host gets ahead
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def attention_ways(args: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
@@ -283,7 +257,7 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
     return {"attention": rows} | ({"refused": refused} if refused else {})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -300,7 +274,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="of a window")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of attention")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         args.device = resolve_device(args.device)
     except ValueError as error:
@@ -308,11 +282,15 @@ def main() -> None:
     if args.smoke:
         small = {"tokens": 256, "micro_tokens": 256, "attention_tokens": 64}
         vars(args).update(small, warm_up=1, windows=2, steps=1, repeats=2)
-    where = importlib.import_module(args.device.type if args.device.type == "cpu" else "gpu")
     figures: dict[str, Any] = {}
     for part in args.parts:
         figures |= PARTS[part](args)
-    finish(where.environment(), figures, args.json)
+    command = " ".join(["python", *sys.argv])
+    result = {"command": command, "environment": environment(args.device), **figures}
+    show(result)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 PARTS = {"steps": steps, "attention": attention}

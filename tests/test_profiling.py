@@ -133,7 +133,7 @@ def test_ncu_is_called_with_the_sections_that_matter(
     assert any(section in argument for argument in arguments)
     program = arguments.index("-c") + 1
     compile(arguments[program], "program", "exec")
-    assert arguments[program + 1 : program + 4] == [what, "4096", "41M"]
+    assert arguments[program + 1 : program + 4] == [what, "4096", "41m"]
     assert subprocess.run([ROOT / "benchmarks/ncu.sh", "nothing"], env=environment).returncode == 2
 
 

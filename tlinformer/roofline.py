@@ -91,13 +91,19 @@ def matrix_rate(
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Bytes and FLOPs a second that torch reaches on the device."""
+    """Bytes and FLOPs a second that torch reaches on the device; a copy's bytes count twice."""
     cuda = device.type == "cuda"
     large = torch.ones(2**30 if cuda else 2**26, device=device)
     bandwidth = max(read_bandwidth(large) for _ in range(9))
+    first, second = large.chunk(2)
+    copying = min(seconds(lambda: first.copy_(second), device) for _ in range(9))
     # The CPU multiplies in float32, whatever the weights are.
     rate = matrix_rate(8192, device, torch.bfloat16) if cuda else matrix_rate()
-    return {"bytes_per_second": bandwidth, "flops_per_second": rate}
+    return {
+        "bytes_per_second": bandwidth,
+        "copy_bytes_per_second": large.numel() * large.itemsize / copying,
+        "flops_per_second": rate,
+    }
 
 
 def attribute(events: Iterable[tuple[str, float, float]]) -> dict[str, Kernel]:

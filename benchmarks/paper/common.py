@@ -107,7 +107,7 @@ def chosen(args: argparse.Namespace, ids: Sequence[str]) -> list[str]:
 def write(args: argparse.Namespace, experiment: str, name: str, result: dict[str, Any]) -> None:
     """Writes the raw figures of one run, with how and where they were made."""
     device = resolve_device(args.device)
-    where = importlib.import_module("gpu" if device.type == "cuda" else "cpu").environment()
+    where = importlib.import_module("measure").environment(device)
     path = args.results / experiment / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": " ".join(["python", *sys.argv]), "environment": where, "smoke": args.smoke}

@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]  # welcome at any place
     try:
         from .app import app  # here, so that what goes wrong from now on is answered in words
+        from .bench import SUITES, run_suite
 
+        if arguments[0] == "bench" and arguments[1:2] and arguments[1] in SUITES:
+            return run_suite(arguments[1:])
         return app(arguments, prog_name="tlinformer", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:
         for cause in (error, error.__cause__):

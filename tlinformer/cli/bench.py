@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,30 @@ from rich.table import Table
 
 from .inputs import check_threads, pick_device
 from .plan import parse_tokens
+
+SUITES = ("decode", "prefill", "batch", "cache", "memory", "trace", "state", "train-step")
+
+
+def run_suite(arguments: list[str]) -> int:
+    """Runs a suite of the repository's benchmarks/, beside which the package lies in a clone.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        FileNotFoundError: where there is no clone.
+    """
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    if not (folder / "__main__.py").is_file():
+        raise FileNotFoundError(
+            f"the suite {arguments[0]} needs {folder}: clone the repository and pip install -e it"
+        )
+    sys.argv = [str(folder), *arguments]
+    try:
+        runpy.run_path(str(folder), run_name="__main__")
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
 
 
 def bench_command(
@@ -43,7 +69,11 @@ def bench_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time a prefill of random tokens, the token that slides, and those between slides."""
+    """Time a prefill of random tokens, the token that slides, and those between slides.
+
+    In a clone, `tlinformer bench decode`, prefill, batch, cache, memory, trace, state and train-step
+    measure beside other models and implementations; --help after their names says more.
+    """
     import torch
 
     from ..engine import Engine, SamplingParams

@@ -1,0 +1,188 @@
+"""Pictures of the rows: the paper's Figure 9 with its baselines, and the peers.
+
+python benchmarks/report.py    # makes these too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator
+from measure import RESULTS
+from rows import LABELS, ORDER, line, rows
+from sizes import config_of
+
+COLOURS = dict(zip(ORDER, plt.get_cmap("tab10").colors, strict=False))
+ENGINE = "engine"
+SLIDE = (ENGINE, "tlinformer-pytorch")
+Lines = dict[int, float]
+
+
+def short(value: float, _: Any = None) -> str:
+    """1024 -> 1K, 9,999,872 -> 10M."""
+    base = 1024 if value % 1024 == 0 and value < 2**21 else 1000
+    for unit, name in ((base**2, "M"), (base, "K")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:g}"
+
+
+def plain(value: float, _: Any = None) -> str:
+    """Milliseconds and ratios without powers of ten."""
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+
+
+def draw(axes: Axes, lines: dict[str, Lines], title: str, y: str, log: bool = True) -> None:
+    """One line a peer over the history; the engine's is the thick one."""
+    for peer, values in lines.items():
+        if values:
+            style = {"linewidth": 2.4, "zorder": 3} if peer == ENGINE else {"linewidth": 1.3}
+            dashed = "--" if peer.startswith("naive") else "-"
+            places = [max(1, x) for x in values]
+            axes.plot(
+                places,
+                list(values.values()),
+                dashed,
+                marker="o",
+                markersize=4,
+                color=COLOURS.get(peer, "black"),
+                label=LABELS.get(peer, peer),
+                **style,
+            )
+    axes.set(title=title, ylabel=y, xscale="log")
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    known = [x for values in lines.values() for x in values]
+    ticks = (1, 2**10, 2**14, 2**17, 2**20, 10**7) if max(known, default=0) > 64 else (1, 4, 16, 64)
+    axes.set_xticks(
+        [x for x in ticks if 0.9 * min(known, default=0) <= x <= 1.1 * max(known, default=0)]
+    )
+    if log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 50 * low:  # powers of ten alone would be one or two
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(plain))
+    else:
+        axes.set_ylim(bottom=0)
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def over(first: Lines, second: Lines) -> Lines:
+    """The quotient where both are known."""
+    return {x: first[x] / second[x] for x in first if x in second}
+
+
+def amortised(hit: Lines, slide: Lines, window: int) -> Lines:
+    """A token and its share of the slide that comes once in a window; no history, no slide."""
+    return {x: hit[x] + slide.get(x, 0) / window for x in hit if x in slide or not x}
+
+
+def paper_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:
+    """Figure 9 of arXiv 2508.20407 for one size, with strong baselines beside its naive one."""
+    value = partial(line, device=device, folder=folder, size=size, dtype=dtype_of(device))
+    peers = [p for p in ORDER if value("decode", peer=p, field="ms", batch=1)]
+    hit = {p: value("decode", peer=p, field="ms", batch=1) for p in peers}
+    miss = {p: value("prefill", peer=p, field="slide_ms", batch=1) for p in peers}
+    window = config_of(size).generation_window
+    figure, all_axes = plt.subplots(2, 3, figsize=(15, 8.6), layout="constrained")
+    a, b, c, d, e, f = all_axes.flat
+    draw(a, miss, "a  Cache miss: the token that slides", "ms")
+    draw(b, hit, "b  Cache hit: any other token", "ms")
+    ratio = {p: over(miss[p], hit[p]) for p in peers if miss[p]}
+    draw(c, ratio, "c  A miss, in hits", "miss / hit")
+    c.axhline(window, color="black", linewidth=0.8, linestyle=":")
+    c.annotate(f"a miss comes once in {window} tokens", (2**10, window), (2, 4), **OFFSET)
+    state = {
+        p: {x: v / 2**20 for x, v in value("cache", peer=p, field="bytes", batch=1).items()}
+        for p in ORDER
+    }
+    draw(d, state, "d  What is kept of the tokens", "MiB")
+    times = {p: over(hit[p], hit[ENGINE]) for p in peers if p != ENGINE}
+    draw(e, times, "e  A hit, in hits of the engine", "time / engine's time")
+    e.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    whole = {p: amortised(hit[p], miss[p], window) if p in SLIDE else hit[p] for p in peers}
+    draw(f, whole, "f  A token on average, misses included", "ms")
+    finish(figure, all_axes.flat, f"{title_of(size, device, folder)}, batch 1", path)
+
+
+OFFSET = {"textcoords": "offset points", "fontsize": 8}
+
+
+def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:
+    """Prefill, throughput, energy and the share of what the machine can do."""
+    value = partial(line, device=device, folder=folder, size=size, dtype=dtype_of(device))
+    figure, all_axes = plt.subplots(2, 3, figsize=(15, 8.6), layout="constrained")
+    a, b, c, d, e, f = all_axes.flat
+
+    def each(suite: str, field: str, **where: Any) -> dict[str, Lines]:
+        return {p: value(suite, peer=p, field=field, **where) for p in ORDER}
+
+    draw(a, each("prefill", "ms", batch=1), "Reading a prompt", "ms")
+    draw(
+        b,
+        percent(each("decode", "share", batch=1)),
+        "A token: share of the machine's limit",
+        "%",
+        False,
+    )
+    draw(
+        c,
+        percent(each("prefill", "share", batch=1)),
+        "A prompt: share of the machine's limit",
+        "%",
+        False,
+    )
+    lengths = sorted({r["history"] for r in rows("batch", device, folder, size=size)})
+    for axes, history in zip((d, e), lengths[-2:], strict=False):
+        title = f"Sequences at once, {short(history)} tokens of history each"
+        draw(axes, each("batch", "tokens_per_second", history=history), title, "tokens a second")
+        axes.set_xlabel("sequences")
+    draw(f, each("decode", "millijoules", batch=1), "Energy of the GPU for a token", "mJ")
+    finish(figure, all_axes.flat, title_of(size, device, folder), path)
+
+
+def percent(lines: dict[str, Lines]) -> dict[str, Lines]:
+    return {p: {x: 100 * v for x, v in values.items()} for p, values in lines.items()}
+
+
+def dtype_of(device: str) -> str:
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def title_of(size: str, device: str, folder: Path) -> str:
+    run = rows("decode", device, folder, size=size)[-1]["run"]
+    where = run.get("gpu") or f"{run['threads']} CPU cores"
+    return f"{size.upper()} parameters, {dtype_of(device)}, one {where}".replace("one 2", "2")
+
+
+def finish(figure: Any, all_axes: Any, title: str, path: Path) -> None:
+    """One legend for all; panels without a line go."""
+    named: dict[str, Any] = {}
+    for axes in all_axes:
+        handles, labels = axes.get_legend_handles_labels()
+        if not handles:
+            axes.set_visible(False)
+        named |= dict(zip(labels, handles, strict=True))
+        if not axes.get_xlabel():
+            axes.set_xlabel("tokens of history")
+    ordered = [LABELS[p] for p in ORDER if LABELS[p] in named]
+    figure.legend(
+        [named[x] for x in ordered], ordered, loc="outside lower center", ncols=5, frameon=False
+    )
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PICTURES: dict[str, Callable[..., None]] = {"paper-figure-9": paper_figure, "peers": peers_figure}

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# All of the peers' rows on a GPU, in parts of four minutes at most, the most telling first:
+#   benchmarks/parts.sh 1      # then 2, 3, ... 10; a part that did not end goes on when called again
+# Rows go to benchmarks/results/. Parts 5 and 9 need the wheels of fetch_peers.sh. PYTHON names the
+# interpreter with the CUDA build of tlinformer.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run() { "${PYTHON:-python3}" benchmarks "$@"; }
+linear="gla gated-deltanet mamba2"
+case ${1:-} in
+  1) run decode --peers engine transformer naive-concatenate naive-recompute ;;
+  2) run prefill --peers engine transformer --seconds 120
+     run cache --peers engine tlinformer-pytorch transformer sliding-window \
+       --sizes 41m d512 1.3b 7b --histories 0 1024 4096 16384 131072 524288 1048576 10000000 ;;
+  3) run decode --peers tlinformer-pytorch sliding-window --seconds 100
+     run prefill --peers tlinformer-pytorch sliding-window --seconds 80 ;;
+  4) run decode --peers engine --histories 10000000
+     run prefill --peers engine --histories 10000000 --calls 3
+     run memory
+     run memory --prompt 10000000 --generated 1000 ;;
+  5) for suite in cache decode prefill; do run $suite --peers $linear --seconds 70; done ;;
+  6) run batch ;;
+  7) run decode --sizes d512 --peers engine tlinformer-pytorch transformer --seconds 120
+     run prefill --sizes d512 --peers engine transformer --seconds 70 ;;
+  8) run decode --sizes 1.3b --peers engine transformer --histories 1024 16384 131072 1048576 \
+       --seconds 100
+     run prefill --sizes 1.3b --peers engine transformer --histories 1024 16384 131072 1048576 \
+       --calls 3 --seconds 90 ;;
+  9) run decode --sizes 1.3b 7b --peers $linear --histories 16384 --seconds 200
+     run batch --sizes d512 --peers engine transformer --seconds 60 ;;
+  10) run decode --sizes 7b --peers engine transformer --histories 1024 16384 131072 1048576 \
+        --seconds 100
+      run prefill --sizes 7b --peers engine transformer --histories 1024 16384 131072 1048576 \
+        --calls 3 --seconds 80 ;;
+  *) echo "usage: benchmarks/parts.sh 1-10" >&2; exit 2 ;;
+esac
