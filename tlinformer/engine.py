@@ -34,6 +34,7 @@ class EngineStats:
     Attributes:
         hits: tokens that read the cache and left the history alone.
         slides: recomputations of the compressed history (those of prefills included).
+        prefills: calls of `prefill` that were done.
         prefill_tokens: prompt tokens read.
         rows_read: key/value rows that generated tokens attended to, summed over the layers.
         cache_bytes: bytes of keys and values held.
@@ -43,6 +44,7 @@ class EngineStats:
 
     hits: int
     slides: int
+    prefills: int
     prefill_tokens: int
     rows_read: int
     cache_bytes: int
