@@ -19,6 +19,7 @@ import torch
 from tlinformer.config import TLinFormerConfig
 from tlinformer.engine import Engine
 from tlinformer.model import TLinFormerForCausalLM
+from tlinformer.plan import fit_device
 from tlinformer.roofline import Verb, compare, count, measure_ceilings, seconds
 
 FEW_BLOCKS, SOME_BLOCKS = 2, 4  # from two blocks on, each one more adds the same
@@ -64,14 +65,17 @@ class Costs:
     ceilings: dict[str, float]
 
     def at(self, history: int) -> Prediction:
-        """What to expect at a history: interpolated; beyond the longest run, at the last rate."""
+        """What to expect at a history.
+
+        Interpolated; below the shortest run as in that, since a device idles there; beyond the
+        longest at the rate of the last two.
+        """
         at = np.array(self.histories, dtype=float)
-        # Below the shortest, where a device idles, a cost is that of the shortest.
-        i = int(np.clip(np.searchsorted(at, history) - 1, 0, max(len(at) - 2, 0)))
+        i = int(np.clip(np.searchsorted(at, history), 1, len(at) - 1)) if len(at) > 1 else 0
         cost = self.table[i]
-        if len(at) > 1:
-            share = max(0.0, (history - at[i]) / (at[i + 1] - at[i]))
-            cost = cost + share * (self.table[i + 1] - cost)
+        if i:
+            more = (cost - self.table[i - 1]) / (at[i] - at[i - 1])
+            cost = cost + more * (max(history, at[0]) - at[i])
         events = {}
         window = self.config.generation_window
         for name, (took, moved, flops) in zip(EVENTS, cost.tolist(), strict=True):
@@ -105,7 +109,7 @@ def histories_to_probe(config: TLinFormerConfig, longest: int) -> Iterator[int]:
 
 
 def measure_events(
-    model: TLinFormerForCausalLM, history: int, *, batch_size: int = 1, repeats: int = 3
+    model: TLinFormerForCausalLM, history: int, batch_size: int = 1, repeats: int = 3
 ) -> np.ndarray:
     """Seconds, bytes and FLOPs, float64 (`EVENTS`, 3), of a model at a history of whole windows.
 
@@ -117,16 +121,18 @@ def measure_events(
     engine = Engine(model, max_context=history + 1 + tokens, batch_size=batch_size)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch_size, history), generator=generator)
+    # On a CPU token by token: with luck, one of them is alone on a shared machine.
+    single = engine.device.type == "cpu"
     calls = (
         lambda: engine.prefill(ids),
         lambda: engine.step(ids[:, 0]),
-        lambda: engine.generate(tokens),
+        *(tokens * [lambda: engine.generate(1)] if single else [lambda: engine.generate(tokens)]),
     )
     work = [count(engine, call) for call in calls]  # what happens only once is over then
-    runs = [[seconds(call, engine.device) for call in calls] for _ in range(repeats)]
-    events = np.column_stack([np.min(runs, axis=0), work])
-    events[2] /= tokens or np.inf
-    return events
+    best = np.min([[seconds(call, engine.device) for call in calls] for _ in range(repeats)], 0)
+    events = np.column_stack([best, work])
+    hits = events[2:].min(0) if single and tokens else events[2:].sum(0) / (tokens or 1)
+    return np.stack([events[0], events[1], hits])
 
 
 def measure_costs(
@@ -136,7 +142,7 @@ def measure_costs(
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
-    repeats: int = 3,
+    repeats: int = 2,
 ) -> Costs:
     """Runs short engines on a device, to predict what long ones will cost.
 
@@ -147,7 +153,7 @@ def measure_costs(
         batch_size: sequences.
         dtype: of weights and cache.
         device: where to run.
-        repeats: runs of each kind; the best counts, as other programs only add.
+        repeats: rounds of all runs; the best counts, as other programs only add.
 
     Raises:
         ValueError: for what the device's engine does not take.
@@ -160,23 +166,37 @@ def measure_costs(
         random_model(dataclasses.replace(config, num_blocks=depth), place, dtype)
         for depth in depths
     ]
-    histories, table = [], []
-    for history in histories_to_probe(config, longest):
-        try:
-            runs = [
-                measure_events(model, history, batch_size=batch_size, repeats=repeats)
-                for model in models
-            ]
-        except RuntimeError:  # it does not fit
-            if not histories:
-                raise
+    histories = list(histories_to_probe(config, longest))
+    rounds: list[list[np.ndarray]] = []
+    for _ in range(repeats):  # all of them in turn: what disturbs the machine passes
+        rounds.append(_probe(models, histories, batch_size, first=not rounds))
+        histories = histories[: len(rounds[0])]
+    least = np.minimum.reduce([np.stack(one) for one in rounds])  # (histories, models, events, 3)
+    # More blocks cost no less, nor does more history, whatever else the machine did.
+    missing = (blocks - depths[0]) / max(1, depths[-1] - depths[0])
+    table = least[:, 0] + missing * np.maximum(least[:, -1] - least[:, 0], 0)
+    return Costs(config, histories, np.maximum.accumulate(table), ceilings)
+
+
+def _probe(
+    models: list[TLinFormerForCausalLM], histories: list[int], batch_size: int, first: bool
+) -> list[np.ndarray]:
+    """Costs (models, `EVENTS`, 3) at each history; the first time only while they are cheap."""
+    found: list[np.ndarray] = []
+    for history in histories:
+        if first and found and not _fits(models[-1], history, batch_size):
             break
-        first, last = runs[0], runs[-1]
-        # More blocks cost no less, nor does more history, whatever else the machine did.
-        missing = (blocks - depths[0]) / max(1, depths[-1] - depths[0])
-        cost = first + missing * np.maximum(last - first, 0)
-        histories.append(history)
-        table.append(np.maximum(cost, table[-1]) if table else cost)
-        if last[0, 0] > (LONG_PREFILL if len(histories) >= 3 else VERY_LONG_PREFILL):
+        costs = [measure_events(model, history, batch_size, repeats=2) for model in models]
+        found.append(np.stack(costs))
+        limit = LONG_PREFILL if len(found) >= 3 else VERY_LONG_PREFILL
+        if first and costs[-1][0, 0] > limit:
             break
-    return Costs(config, histories, np.stack(table), ceilings)
+    return found
+
+
+def _fits(model: TLinFormerForCausalLM, history: int, batch_size: int) -> bool:
+    weight = next(model.parameters())
+    context = history + model.config.generation_window
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dtype": weight.dtype}
+    where = {"device": weight.device, "new_weights": 0}
+    return not fit_device(model.config, max_context=context, **sizes, **where).refusal

@@ -1,4 +1,4 @@
-"""`tlinformer plan`: every byte of an engine before any is allocated, and what a token will cost."""
+"""`tlinformer plan`: every byte of an engine, before any is allocated, and a token's cost."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from rich.table import Table
 
 from ..config import TLinFormerConfig
 from ..terminal import format_bytes
-from .inputs import pick_device
+from .inputs import check_threads, pick_device
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 # Larger models take long to fill with random weights on a CPU.
 _MOST_CPU_WEIGHTS = 2**30
+
+# Shares of a ceiling that nothing reaches, unless something else ran while it was measured.
+_TOO_GOOD = 1.25
 
 
 def parse_tokens(text: str) -> int:
@@ -68,6 +71,9 @@ def plan_command(
             "it fits the device; on a CPU, up to 1 GiB of weights."
         ),
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads of the CPU (default: all).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the memory an engine needs, the longest context that fits, and what tokens will cost.
@@ -79,6 +85,7 @@ def plan_command(
     """
     from ..plan import fit_device, weights_bytes
 
+    check_threads(threads)
     config = read_config(model or path)
     tokens = parse_tokens(context)
     if device == "auto":
@@ -101,8 +108,10 @@ def plan_command(
         "available_bytes": fit.available_bytes,
         "fits": fit.refusal is None,
         "longest_context": fit.longest_context,
-        "prediction": _predict(config, tokens, batch_size, dtype, device) if measure else None,
+        "prediction": None,
     }
+    if measure:
+        result["prediction"] = _predict(config, tokens, batch_size, dtype, device, threads)
     if as_json:
         print(json.dumps(result))
         return
@@ -119,12 +128,21 @@ def plan_command(
 
 
 def _predict(
-    config: TLinFormerConfig, tokens: int, batch_size: int, dtype: str, device: str
+    config: TLinFormerConfig,
+    tokens: int,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    threads: int | None,
 ) -> dict[str, Any]:
     """What events cost at the end of the context, and where that comes from."""
-    from ..engine import DTYPES
+    import torch
+
+    from ..plan import DTYPES
     from ..predict import measure_costs
 
+    if threads:
+        torch.set_num_threads(threads)
     history = (tokens - 1) // config.generation_window * config.generation_window
     with Console(stderr=True).status(f"measuring on {device}"):
         costs = measure_costs(
@@ -187,9 +205,12 @@ def _show_prediction(p: dict[str, Any], result: dict[str, Any], console: Console
     rate = result["batch_size"] * 1e3 / p["amortised_milliseconds"]
     bandwidth, products = (p["ceilings"][f"{of}_per_second"] / 1e9 for of in ("bytes", "flops"))
     longest = max(p["probed_histories"])
+    shares = [event["share"] for name in names if (event := p.get(name))]
     console.print(
         f"{rate:,.0f} tokens/s. Times from runs of up to {longest:,} tokens on {result['device']}; "
         f"ceilings measured there: reads {bandwidth:,.1f} GB/s, products {products:,.0f} GFLOP/s.",
         highlight=False,
         soft_wrap=True,
     )
+    if max(shares) > _TOO_GOOD:
+        console.print("The machine was busy in between: measure again.", style="yellow")
