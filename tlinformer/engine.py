@@ -64,7 +64,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _engine_dtype(own: torch.dtype, dtype: torch.dtype | str | None, device: str) -> str:
+def engine_dtype(own: torch.dtype, dtype: torch.dtype | str | None, device: str) -> str:
     """The name of `dtype`, or of the model's own if None; ValueError where the device has none."""
     if dtype is None and device == "cuda" and own == torch.float32:
         return "bfloat16"
@@ -152,7 +152,7 @@ class Engine:
         self.config: TLinFormerConfig = model.config
         self.batch_size = batch_size
         kind = device_type(self.device)
-        name = _engine_dtype(next(model.parameters()).dtype, dtype, kind)
+        name = engine_dtype(next(model.parameters()).dtype, dtype, kind)
         self.dtype = DTYPES[name]
         self._stream = torch.cuda.current_stream(self.device) if kind == "cuda" else None
         with self._on_stream():

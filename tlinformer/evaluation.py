@@ -12,6 +12,56 @@ import torch.nn.functional as F
 
 
 @torch.no_grad()
+def token_losses(
+    model: Any,
+    tokens: np.ndarray,
+    sequence_length: int,
+    *,
+    batch_size: int = 16,
+    dtype: torch.dtype | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Nats of every token but the first, float32 (N - 1,); arguments and errors of `evaluate`."""
+    if len(tokens) < 2 or sequence_length < 1 or batch_size < 1:
+        raise ValueError(
+            f"cannot score {len(tokens)} tokens in chunks of {sequence_length}, {batch_size} at "
+            "once; need at least 2 tokens, chunks and batches of at least 1"
+        )
+    vocab_size = model.config.vocab_size
+    if (largest := int(np.max(tokens))) >= vocab_size:
+        raise ValueError(f"token {largest} is outside the model's vocabulary of {vocab_size}")
+    device = next(model.parameters()).device
+    scored = len(tokens) - 1
+    whole = scored // sequence_length
+    was_training = model.training
+    model.eval()
+    done = []
+    try:
+        # Groups of whole chunks, then the shorter rest as a batch of one.
+        spans = [
+            (first * sequence_length, min(batch_size, whole - first), sequence_length)
+            for first in range(0, whole, batch_size)
+        ]
+        if rest := scored % sequence_length:
+            spans.append((whole * sequence_length, 1, rest))
+        for start, rows, length in spans:
+            flat = np.asarray(tokens[start : start + rows * length + 1], dtype=np.int64)
+            ids = torch.from_numpy(flat).to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = model(ids[:-1].view(rows, length))
+            # One row at a time: a float32 copy of all logits would be the largest allocation.
+            losses = [
+                F.cross_entropy(row.float(), target, reduction="none")
+                for row, target in zip(logits, ids[1:].view(rows, length), strict=True)
+            ]
+            done.append(torch.cat(losses).cpu())
+            if on_progress:
+                on_progress(rows * length)
+    finally:
+        model.train(was_training)
+    return torch.cat(done).numpy()
+
+
 def evaluate(
     model: Any,
     tokens: np.ndarray,
@@ -43,42 +93,10 @@ def evaluate(
     Raises:
         ValueError: fewer than two tokens, or a token outside the vocabulary.
     """
-    if len(tokens) < 2 or sequence_length < 1 or batch_size < 1:
-        raise ValueError(
-            f"cannot score {len(tokens)} tokens in chunks of {sequence_length}, {batch_size} at "
-            "once; need at least 2 tokens, chunks and batches of at least 1"
-        )
-    vocab_size = model.config.vocab_size
-    if (largest := int(np.max(tokens))) >= vocab_size:
-        raise ValueError(f"token {largest} is outside the model's vocabulary of {vocab_size}")
-    device = next(model.parameters()).device
-    scored, total = len(tokens) - 1, 0.0
-    whole = scored // sequence_length
-    was_training = model.training
-    model.eval()
-    try:
-        # Groups of whole chunks, then the shorter rest as a batch of one.
-        spans = [
-            (first * sequence_length, min(batch_size, whole - first), sequence_length)
-            for first in range(0, whole, batch_size)
-        ]
-        if rest := scored % sequence_length:
-            spans.append((whole * sequence_length, 1, rest))
-        for start, rows, length in spans:
-            flat = np.asarray(tokens[start : start + rows * length + 1], dtype=np.int64)
-            ids = torch.from_numpy(flat).to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = model(ids[:-1].view(rows, length))
-            # One row at a time: a float32 copy of all logits would be the largest allocation.
-            losses = [
-                F.cross_entropy(row.float(), target, reduction="sum")
-                for row, target in zip(logits, ids[1:].view(rows, length), strict=True)
-            ]
-            total += math.fsum(torch.stack(losses).tolist())
-            if on_progress:
-                on_progress(rows * length)
-    finally:
-        model.train(was_training)
+    losses = token_losses(
+        model, tokens, sequence_length, batch_size=batch_size, dtype=dtype, on_progress=on_progress
+    )
+    scored, total = len(losses), math.fsum(losses)
     loss = total / scored
     text_bytes = None if byte_lengths is None else int(byte_lengths[tokens[1:]].sum())
     return {

@@ -197,6 +197,6 @@ def _probe(
 def _fits(model: TLinFormerForCausalLM, history: int, batch_size: int) -> bool:
     weight = next(model.parameters())
     context = history + model.config.generation_window
-    sizes: dict[str, Any] = {"batch_size": batch_size, "dtype": weight.dtype}
-    where = {"device": weight.device, "new_weights": 0}
-    return not fit_device(model.config, max_context=context, **sizes, **where).refusal
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dtype": weight.dtype, "new_weights": 0}
+    fit = fit_device(model.config, max_context=context, device=weight.device, **sizes)
+    return fit.refusal is None
