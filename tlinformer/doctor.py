@@ -23,7 +23,7 @@ from .plan import device_type, fit_device, weights_bytes
 from .terminal import format_bytes
 
 TIGHT = 0.9  # of the memory
-FEW_HITS = 8  # tokens between two slides, with which sliding still costs much
+FEW_HITS = 4  # for each reading of the history, with which that still costs much
 SURE = 3.0  # standard errors, below which a difference is luck
 SOME_NATS, MANY_NATS = 0.01, 0.05  # 1% and 5% of perplexity
 FEW_WINDOWS = 6  # make no standard error
@@ -60,14 +60,17 @@ def check_reuse(engine: Engine) -> Check:
         "slides": stats.slides,
         "prefills": stats.prefills,
     }
-    evidence = ", ".join(f"{count:,} {name}" for name, count in figures.items())
+    evidence = ", ".join(
+        f"{count:,} {name[:-1] if count == 1 else name}" for name, count in figures.items()
+    )
     if slides <= 2 * sequences and stats.hits <= slides:
         return Check("reuse", "skipped", f"{evidence}: too few tokens to tell", "", figures)
     evidence += f": {stats.hits / slides:.1f} hits for each time the history was read"
     if stats.hits >= FEW_HITS * slides or slides <= 2 * sequences:
         return Check("reuse", "ok", evidence, "", figures)
     if 2 * reads > slides:
-        status = "problem" if stats.hits < slides else "ok"  # short answers to many prompts
+        # More may be short answers to many prompts.
+        status = "problem" if stats.hits < 2 * slides else "ok"
         advice = (
             "prefill a text once, then append its tokens with step or generate; prompts with a "
             "common beginning can share its state (save_state, load_state)"
