@@ -186,8 +186,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<CachePlan>(m, "CachePlan")
       .def(py::init([](const Config& config, int64_t max_context, int64_t batch_size,
                        const std::string& dtype, int64_t memory_limit, bool cuda) {
-             return CachePlan::make(
-                 config, options_of(max_context, batch_size, dtype, memory_limit, cuda));
+             return CachePlan::make(config,
+                                    options_of(max_context, batch_size, dtype, memory_limit, cuda));
            }),
            py::arg("config"), py::arg("max_context"), py::arg("batch_size"), py::arg("dtype"),
            py::arg("memory_limit"), py::arg("cuda"))
