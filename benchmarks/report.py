@@ -188,6 +188,22 @@ def train_speed() -> str:
     return "\n".join(lines) + version([load("train_speed")["environment"]])
 
 
+def planner() -> str:
+    """How far predictions were from the engine's times, at the worst history of each model."""
+    events = ("prefill", "slide", "hit", "token")
+    lines = ["| device | model | " + " | ".join(events) + " |", "|---|---|" + "---:|" * len(events)]
+    for path in sorted(RESULTS.glob("planner_*.json")):
+        result = load(path.stem)
+        device = result["environment"].get("gpu", "CPU, one thread")
+        for model in (m["model"] for m in result["models"]):
+            rows = [r for r in result["rows"] if r["model"] == model]
+            worst = (
+                max((r["error"] for r in rows if r["event"] == event), key=abs) for event in events
+            )
+            lines.append(f"| {device} | {model} | " + " | ".join(f"{e:+.0%}" for e in worst) + " |")
+    return "\n".join(lines)
+
+
 def parity() -> str:
     """The shipped model beside the Transformer of equal size."""
     rows = load("prose_8m")["rows"]
@@ -232,6 +248,7 @@ if __name__ == "__main__":
     fill(
         ROOT / "README.md",
         demo,
+        planner,
         cpu_speed,
         cpu_prefill,
         cpu_memory,

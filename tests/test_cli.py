@@ -176,7 +176,16 @@ def test_ctrl_c_while_reading_the_prompt(tmp_path: Path) -> None:
 
 def test_plan_shows_the_planned_bytes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = TLinFormerForCausalLM.from_pretrained(tiny)
-    arguments = ["--context", "2K", "--batch-size", "3", "--dtype", "float32", "--json"]
+    arguments = [
+        "--context",
+        "2K",
+        "--batch-size",
+        "3",
+        "--dtype",
+        "float32",
+        "--no-measure",
+        "--json",
+    ]
     for path in (tiny, tiny / "config.json"):
         assert main(["plan", str(path), *arguments]) == 0
         result = json.loads(capsys.readouterr().out)

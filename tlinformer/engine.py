@@ -34,6 +34,7 @@ class EngineStats:
     Attributes:
         hits: tokens that read the cache and left the history alone.
         slides: recomputations of the compressed history (those of prefills included).
+        prefills: calls of `prefill` that were done.
         prefill_tokens: prompt tokens read.
         rows_read: key/value rows that generated tokens attended to, summed over the layers.
         cache_bytes: bytes of keys and values held.
@@ -43,6 +44,7 @@ class EngineStats:
 
     hits: int
     slides: int
+    prefills: int
     prefill_tokens: int
     rows_read: int
     cache_bytes: int
@@ -62,7 +64,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _engine_dtype(own: torch.dtype, dtype: torch.dtype | str | None, device: str) -> str:
+def engine_dtype(own: torch.dtype, dtype: torch.dtype | str | None, device: str) -> str:
     """The name of `dtype`, or of the model's own if None; ValueError where the device has none."""
     if dtype is None and device == "cuda" and own == torch.float32:
         return "bfloat16"
@@ -150,7 +152,7 @@ class Engine:
         self.config: TLinFormerConfig = model.config
         self.batch_size = batch_size
         kind = device_type(self.device)
-        name = _engine_dtype(next(model.parameters()).dtype, dtype, kind)
+        name = engine_dtype(next(model.parameters()).dtype, dtype, kind)
         self.dtype = DTYPES[name]
         self._stream = torch.cuda.current_stream(self.device) if kind == "cuda" else None
         with self._on_stream():

@@ -89,14 +89,103 @@ def plan_cache(
         RuntimeError: when the plan exceeds `memory_limit`, naming the longest context that fits.
     """
     check_integer("max_context", max_context, 1, 2**40)
+    sizes = _sizes(config, batch_size, dtype, memory_limit, device)
+    return CachePlan(_C.CachePlan(_C.Config(config.to_dict()), max_context, *sizes))
+
+
+def longest_context(
+    config: TLinFormerConfig,
+    *,
+    memory_limit: int,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
+    """The most tokens a sequence can hold in a plan of `memory_limit` bytes; 0 if none fits.
+
+    Found by bisection over plans as `plan_cache` makes them; arguments and errors are its.
+    """
+    most = 2**31 - 1 if device_type(device) == "cuda" else 2**40
+    sizes = _sizes(config, batch_size, dtype, memory_limit, device)
+    found: int = _C.CachePlan.longest_context(_C.Config(config.to_dict()), most, *sizes)
+    return found
+
+
+def _sizes(
+    config: TLinFormerConfig,
+    batch_size: int,
+    dtype: torch.dtype | str | None,
+    memory_limit: int,
+    device: torch.device | str,
+) -> tuple[int, str, int, bool]:
+    """What the compiled plan takes besides config and context, once it is checked."""
     check_integer("batch_size", batch_size, 1, 2**20)
     check_integer("memory_limit", memory_limit, 0, 2**62)
     if not isinstance(config, TLinFormerConfig):
         raise ValueError(f"config is {config!r}; it must be a TLinFormerConfig")
     cuda = device_type(device) == "cuda"
     name = dtype_name("bfloat16" if cuda and dtype is None else dtype)
-    compiled = _C.Config(config.to_dict())
-    return CachePlan(_C.CachePlan(compiled, max_context, batch_size, name, memory_limit, cuda))
+    return batch_size, name, memory_limit, cuda
+
+
+def weights_bytes(config: TLinFormerConfig, dtype: torch.dtype | str) -> int:
+    """Bytes of a model's weights."""
+    d, f, kv = config.hidden_size, config.mlp_size, config.kv_heads * config.head_dim
+    layer = 5 * d + (d + 1) * (d + 2 * kv) + d * (d + 3 * f)
+    numbers = config.num_layers * layer + d * (config.vocab_size + 2)
+    return DTYPES[dtype_name(dtype)].itemsize * numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What an engine needs of a device's memory, and whether that is there.
+
+    Attributes:
+        plan: of the engine.
+        needed_bytes: of the plan, and of weights that are not there yet.
+        available_bytes: what the device has left; 0: unknown.
+        longest_context: tokens a sequence could hold there; None: unknown.
+        refusal: why it does not fit, or None.
+    """
+
+    plan: CachePlan
+    needed_bytes: int
+    available_bytes: int
+    longest_context: int | None
+    refusal: str | None
+
+
+def fit_device(
+    config: TLinFormerConfig,
+    *,
+    max_context: int,
+    batch_size: int = 1,
+    dtype: torch.dtype | str = "bfloat16",
+    device: torch.device | str = "cpu",
+    new_weights: int | None = None,
+) -> Fit:
+    """Compares an engine's memory with what its device has left, without allocating any.
+
+    Args:
+        new_weights: bytes of weights that are not on the device yet; all by default.
+        The others are `plan_cache`'s, as are the errors, but that too large a plan is no error.
+    """
+    sizes: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    plan = plan_cache(config, max_context=max_context, **sizes)
+    weights = weights_bytes(config, dtype) if new_weights is None else new_weights
+    needed, available = plan.total_bytes + weights, available_memory(device)
+    if not available:
+        return Fit(plan, needed, 0, None, None)
+    room = available - weights
+    longest = longest_context(config, memory_limit=room, **sizes) if room > 0 else 0
+    refusal = None
+    if needed > available:
+        least = f"enough for max_context = {longest}" if longest else "too few for any context"
+        refusal = (
+            f"max_context = {max_context} with batch_size = {batch_size} needs {needed} bytes, "
+            f"weights included; {available} are available, {least}"
+        )
+    return Fit(plan, needed, available, longest, refusal)
 
 
 def device_type(device: torch.device | str) -> str:

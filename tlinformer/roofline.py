@@ -189,6 +189,15 @@ def _stage(
     return Stage(stage, tokens, took, sorted(verbs, key=lambda verb: -verb.microseconds))
 
 
+def count(engine: Engine, call: Callable[[], Any]) -> tuple[float, float]:
+    """Bytes and FLOPs of a call's verbs."""
+    engine._compiled.meter(True)
+    call()
+    verbs = engine._compiled.metered
+    engine._compiled.meter(False)
+    return sum(verb.bytes for verb in verbs), sum(verb.flops for verb in verbs)
+
+
 def run(
     engine: Engine, history: int, tokens: int, sampling: SamplingParams, metered: bool = True
 ) -> list[Stage]:

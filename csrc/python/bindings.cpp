@@ -23,6 +23,12 @@ Weights weights_at(const Config& config, const std::string& dtype, const py::dic
   });
 }
 
+CachePlanOptions options_of(int64_t max_context, int64_t batch_size, const std::string& dtype,
+                            int64_t memory_limit, bool cuda) {
+  return {max_context, batch_size, dtype_from_name(dtype), memory_limit,
+          cuda ? Device::cuda : Device::cpu};
+}
+
 // A C++ callback that first lets Python handle its signals: Ctrl-C raises out of the engine.
 // Without a function to call it does so now and then only, since other threads may hold the GIL.
 template <class... Args>
@@ -200,11 +206,17 @@ PYBIND11_MODULE(_C, m) {
   py::class_<CachePlan>(m, "CachePlan")
       .def(py::init([](const Config& config, int64_t max_context, int64_t batch_size,
                        const std::string& dtype, int64_t memory_limit, bool cuda) {
-             return CachePlan::make(config, {max_context, batch_size, dtype_from_name(dtype),
-                                             memory_limit, cuda ? Device::cuda : Device::cpu});
+             return CachePlan::make(config,
+                                    options_of(max_context, batch_size, dtype, memory_limit, cuda));
            }),
            py::arg("config"), py::arg("max_context"), py::arg("batch_size"), py::arg("dtype"),
            py::arg("memory_limit"), py::arg("cuda"))
+      .def_static("longest_context",
+                  [](const Config& config, int64_t max_context, int64_t batch_size,
+                     const std::string& dtype, int64_t memory_limit, bool cuda) {
+                    return CachePlan::longest_context(
+                        config, options_of(max_context, batch_size, dtype, memory_limit, cuda));
+                  })
       .def_property_readonly("regions", &CachePlan::regions)
       .def_property_readonly("total_bytes", &CachePlan::total_bytes)
       .def_property_readonly("cache_bytes", &CachePlan::cache_bytes)
@@ -220,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<EngineStats>(m, "EngineStats")
       .def_readonly("hits", &EngineStats::hits)
       .def_readonly("slides", &EngineStats::slides)
+      .def_readonly("prefills", &EngineStats::prefills)
       .def_readonly("prefill_tokens", &EngineStats::prefill_tokens)
       .def_readonly("rows_read", &EngineStats::rows_read)
       .def_readonly("cache_bytes", &EngineStats::cache_bytes)

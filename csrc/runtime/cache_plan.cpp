@@ -108,17 +108,31 @@ CachePlan CachePlan::make(const Config& config, const CachePlanOptions& options)
   return plan;
 }
 
+int64_t CachePlan::longest_context(const Config& config, const CachePlanOptions& options) {
+  CachePlanOptions tried = options;
+  tried.memory_limit = 0;
+  const auto fits = [&] {
+    try {
+      return make(config, tried).total_bytes() <= options.memory_limit;
+    } catch (const OutOfMemory&) {  // more than a machine can address
+      return false;
+    }
+  };
+  int64_t longest = 0;
+  for (int64_t low = 1, high = options.max_context; low <= high;) {
+    tried.max_context = low + (high - low) / 2;
+    const bool ok = fits();
+    if (ok) longest = tried.max_context;
+    (ok ? low : high) = ok ? tried.max_context + 1 : tried.max_context - 1;
+  }
+  return longest;
+}
+
 void CachePlan::check_limit(const Config& config) const {
   if (options_.memory_limit == 0 || total_bytes_ <= options_.memory_limit) return;
   CachePlanOptions smaller = options_;
-  smaller.memory_limit = 0;
-  int64_t fits = 0;
-  for (int64_t low = 1, high = options_.max_context - 1; low <= high;) {
-    smaller.max_context = low + (high - low) / 2;
-    const bool ok = make(config, smaller).total_bytes() <= options_.memory_limit;
-    if (ok) fits = smaller.max_context;
-    (ok ? low : high) = ok ? smaller.max_context + 1 : smaller.max_context - 1;
-  }
+  --smaller.max_context;
+  const int64_t fits = longest_context(config, smaller);
   throw OutOfMemory("max_context = " + std::to_string(options_.max_context) +
                     " with batch_size = " + std::to_string(options_.batch_size) + " needs " +
                     std::to_string(total_bytes_) + " bytes; " +

@@ -135,6 +135,7 @@ struct Engine::Impl {
         stats.prefill_tokens += last.begin + last.rows;
       }
       activate(prompts.size());
+      ++stats.prefills;
       meter.poll(meter.total);
     } catch (...) {
       forget();

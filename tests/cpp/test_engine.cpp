@@ -154,6 +154,11 @@ void test_errors(const Config& config) {
   tight.max_context = 2000;
   tight.memory_limit = bytes;
   check_throws<OutOfMemory>("max_context = 100", [&] { CachePlan::make(config, tight); });
+  const int64_t longest = CachePlan::longest_context(config, tight);
+  const auto fits = [&](int64_t context) {
+    return CachePlan::make(config, {context, 1, DType::float32}).total_bytes() <= bytes;
+  };
+  CHECK(longest >= 1000 && fits(longest) && !fits(longest + 1));
   check_throws<InvalidArgument>(
       "arena", [&] { Engine(config, model.weights, owned.plan, {owned.memory.data(), 10}); });
   Config odd = config;

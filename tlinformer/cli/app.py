@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from .bench import bench_command
+from .doctor import doctor_command
 from .eval import eval_command
 from .generate import generate_command
 from .info import info_command
@@ -30,6 +31,7 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("plan")(plan_command)
+app.command("doctor")(doctor_command)
 app.command("info")(info_command)
 
 

@@ -35,6 +35,10 @@ class CachePlan {
   // would fit, when memory_limit is exceeded.
   static CachePlan make(const Config& config, const CachePlanOptions& options);
 
+  // The longest context, of at most options.max_context tokens, whose plan fits memory_limit; 0 if
+  // none does.
+  static int64_t longest_context(const Config& config, const CachePlanOptions& options);
+
   const std::vector<Region>& regions() const { return regions_; }
   const CachePlanOptions& options() const { return options_; }
   const Region* find(const std::string& name, int block = -1, int layer = -1) const;

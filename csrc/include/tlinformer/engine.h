@@ -25,8 +25,9 @@ struct EngineOptions {
 };
 
 struct EngineStats {
-  int64_t hits = 0;    // tokens that read the cache and left the history alone
-  int64_t slides = 0;  // recomputations of the compressed history, those of prefills included
+  int64_t hits = 0;      // tokens that read the cache and left the history alone
+  int64_t slides = 0;    // recomputations of the compressed history, those of prefills included
+  int64_t prefills = 0;  // calls of prefill that were done
   int64_t prefill_tokens = 0;
   int64_t rows_read = 0;  // key/value rows that pushed tokens attended to, over all layers
   int64_t cache_bytes = 0;
