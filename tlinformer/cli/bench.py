@@ -71,8 +71,8 @@ def bench_command(
 ) -> None:
     """Time a prefill of random tokens, the token that slides, and those between slides.
 
-    In a clone, `tlinformer bench decode`, prefill, batch, cache, memory, trace, state and train-step
-    measure beside other models and implementations; --help after their names says more.
+    In a clone, `tlinformer bench decode`, prefill, batch, cache, memory, trace, state and
+    train-step measure beside other models and implementations; --help after their names says more.
     """
     import torch
 
