@@ -170,18 +170,20 @@ def test_opcheck_of_ranges(gpu):
 
 def test_model_learns_alike_compiled_and_not(gpu):
     config = make_config(hidden_size=72, num_attention_heads=2, block_depth=4, vocab_size=61)
-    model = make_model(config, dtype=torch.float32).to(gpu.device).train()
-    ids = make_ids(config, 2, 23).to(gpu.device)
+    model = make_model(config, dtype=torch.float32).train()
+    ids = make_ids(config, 2, 23)
 
-    def grads(run, dtype):
-        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    def grads(run, ids, dtype=torch.bfloat16):
+        with torch.autocast(ids.device.type, dtype, enabled=dtype == torch.bfloat16):
             loss = run(ids).float().logsumexp(-1).mean()
-        return torch.autograd.grad(loss, list(model.parameters()))
+        return [x.cpu() for x in torch.autograd.grad(loss, list(model.parameters()))]
 
-    exact = grads(model, torch.float32)
+    exact = grads(model, ids, torch.float32)
+    rounded = [(y - x).norm() for y, x in zip(grads(model, ids), exact, strict=True)]
+    model.to(gpu.device)
     for run in (model, torch.compile(model, fullgraph=True, dynamic=False)):
-        for rough, x in zip(grads(run, torch.bfloat16), exact, strict=True):
-            assert (rough - x).norm() < 0.05 * x.norm() + 1e-4
+        for ours, x, error in zip(grads(run, ids.to(gpu.device)), exact, rounded, strict=True):
+            assert (ours - x).norm() <= 2 * error + 1e-4
 
 
 def test_second_derivatives_on_cuda_are_an_error(gpu):
