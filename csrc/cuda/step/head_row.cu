@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kWarps][kStages];
   __shared__ float2 measures[kWarps];
+  __shared__ int live_of_block;
   __shared__ Candidate best_of_warps[kWarps];
   const int warp = warp_index(), lane = threadIdx.x % 32;
   const int width = p.hidden_size, vocab = p.vocab_size;
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   wait_for_previous();
   let_next_start();  // not before: see launch.cuh
+  int live = load_now(&p.state->live, threadIdx.x == 0);
   row.start();
-  const int live = __ldcg(&p.state->live);
   uint2* const operand = reinterpret_cast<uint2*>(memory + places.row) + lane;
   const int slices = ceil_div(width, kSlice);
 #pragma unroll 1
@@ -88,7 +89,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   const float2 own = row.measures();
   if (lane == 0) measures[warp] = own;
+  if (threadIdx.x == 0) live_of_block = live;
   __syncthreads();
+  live = live_of_block;
   float2 measure = {0, 0};
 #pragma unroll
   for (const float2 part : measures) measure = {measure.x + part.x, measure.y + part.y};

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, TILES == kOnePass ? 2 : 1)
 
   wait_for_previous();
   product.start();
-  const int live = load_now(&p.state->live);
+  const int live = load_now(&p.state->live, warp * 32 < own);
   product.template multiply<TILES == kOnePass>();
   if (product.finishes()) {
     const float gate = product.value(per_width);
@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(kThreads, TILES == kOnePass ? 2 : 1)
     if (lane < 4) hidden.store(own_input, from_float<T>(silu(gate) * up));
   }
   __syncthreads();
-  if (live == 0) return;  // all blocks do
   const uint2 b = hidden.load(inputs);
 #pragma unroll
   for (int i = 0; i < TILES / 2; ++i) {
@@ -136,11 +135,12 @@ __global__ void __launch_bounds__(kThreads, TILES == kOnePass ? 2 : 1)
     if (sends[i]) dsmem::send(to[i], lane / 2 % 2 == 0 ? even : odd, to_barrier[i]);
   }
   if (static_cast<int>(threadIdx.x) >= own) return;
+  // Also of a sequence that is not live: no block ends before it has got what others send.
   dsmem::barrier_wait(barrier, 0);
   float sum[4] = {};
 #pragma unroll
   for (int block = 0; block < kCluster; ++block) sum[block % 4] += sums[block][threadIdx.x];
-  *part = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  if (live != 0) *part = (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 template <class F>

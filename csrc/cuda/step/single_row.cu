@@ -13,18 +13,10 @@ using namespace step;
 constexpr int kProjectWarps = 8, kProjectAhead = 2;
 constexpr int kAddWarps = 16, kAddAhead = 3;
 
-// Past the L1 cache, as an earlier kernel may have run meanwhile on the same multiprocessor.
-__device__ SequenceState load(const SequenceState* from) {
-  SequenceState state;
-  state.last = __ldcg(&from->last);
-  state.history = __ldcg(&from->history);
-  state.live = __ldcg(&from->live);
-  return state;
-}
-
 template <class T, int MOST>
-__global__ void __launch_bounds__(32 * kProjectWarps)
-    tlin_project_row(const __grid_constant__ ProjectStep p, float scale, float per_width) {
+__global__ void __launch_bounds__(32 * kProjectWarps, 2)  // else loads wait for registers
+    tlin_project_row(const __grid_constant__ ProjectStep p, float scale, float per_width,
+                     unsigned per_head) {
   let_next_start();
   using Product = NormedProduct<T, 1, kProjectWarps, kProjectAhead, MOST>;
   __shared__ typename Product::Shared shared;
@@ -33,7 +25,7 @@ __global__ void __launch_bounds__(32 * kProjectWarps)
   // A pair to be rotated is two neighbours.
   const int own_output = blockIdx.x * kTile + product.output();
   const int output = min(own_output, outputs - 1);
-  const unsigned head = static_cast<unsigned>(output) / static_cast<unsigned>(p.head_dim);
+  const int head = static_cast<int>(__umulhi(static_cast<unsigned>(output), per_head));
   const int element = output - head * p.head_dim;
   const bool is_query = head < p.query_heads,
              is_key = !is_query && head < p.query_heads + p.kv_heads;
@@ -44,19 +36,20 @@ __global__ void __launch_bounds__(32 * kProjectWarps)
 
   wait_for_previous();
   product.start();
-  const SequenceState state = load(p.state);
-  const float2 rotation = __ldcg(p.rotations + element / 2);
+  const WarpState state(p.state, product.finishes());
+  const float2 rotation = load_now(p.rotations + element / 2, product.finishes());
   product.multiply();
   if (!product.finishes()) return;
+  const bool live = state.live() != 0;
+  const int slot = state.last() - (rows.follows_history ? 0 : state.history());
   const float own = product.value(per_width) + bias;
   const float other = __shfl_xor_sync(0xffffffffu, own, 1);
   const float turned = own * rotation.x + (output % 2 == 0 ? -other : other) * rotation.y;
-  if (threadIdx.x % 32 >= 8 || own_output >= outputs || state.live == 0) return;
+  if (threadIdx.x % 32 >= 8 || own_output >= outputs || !live) return;
   if (is_query) {
     p.query[output] = turned * scale;
   } else {
-    const int64_t slot = state.last - (rows.follows_history ? 0 : state.history);
-    to[slot * p.head_dim] = from_float<T>(is_key ? turned : own);
+    to[int64_t{slot} * p.head_dim] = from_float<T>(is_key ? turned : own);
   }
 }
 
@@ -69,7 +62,7 @@ __global__ void __launch_bounds__(32 * kGateWarps)
   Product product(shared, {p.gate, p.up}, p.intermediate_size, p.norm, p.x, {}, p.hidden_size);
   wait_for_previous();
   product.start();
-  const int live = load_now(&p.state->live);
+  const int live = load_now(&p.state->live, product.finishes());
   product.multiply();
   if (!product.finishes()) return;
   const float gate = product.value(per_width);
@@ -91,8 +84,8 @@ __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_row(const __grid_cons
   if (p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[output]);
 
   wait_for_previous();
+  const int live = load_now(&p.state->live, warp == kAddWarps - 1);
   row.start();
-  const int live = load_now(&p.state->live);
   Summed<MOST> x;
   if (warp == kAddWarps - 1) x.load(p.x + output, p.parts.rows + output, p.parts.count, true);
   weights.multiply(row);
@@ -117,7 +110,9 @@ void project_row(const ProjectStep& p, const Launch& how) {
       launch(how, tlin_project_row<typename decltype(type)::type, decltype(most)::value>,
              "project_row", ceil_div(outputs, kTile), 32 * kProjectWarps, 0, p,
              1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)),
-             1.0f / static_cast<float>(p.hidden_size));
+             1.0f / static_cast<float>(p.hidden_size),
+             // Rounded up: exact for outputs below 2^32 / d.
+             static_cast<unsigned>((1ll << 32) / p.head_dim + 1));
     });
   });
 }

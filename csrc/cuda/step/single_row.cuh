@@ -2,6 +2,7 @@
 // previous kernel is kept short, in instructions, each of which is about six cycles of the token.
 #pragma once
 
+#include "../warp_state.cuh"
 #include "product.h"
 #include "weight_stream.cuh"
 
@@ -35,13 +36,6 @@ __device__ inline uint32_t load_word(const void* from, bool inside) {
 // A value that is found here, not behind the next branch, where it is used.
 __device__ inline uint32_t keep(uint32_t value) {
   asm volatile("" : "+r"(value));
-  return value;
-}
-
-// Past the L1 cache, and not later: the compiler would put off what is used in the end.
-__device__ inline int load_now(const int* from) {
-  int value;
-  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from));
   return value;
 }
 
