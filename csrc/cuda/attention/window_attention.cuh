@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../dsmem.cuh"
+#include "../warp_state.cuh"
 #include "decode_attention.h"
 #include "eight_rows.cuh"
 #include "row_copy.cuh"
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   let_next_start();
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kWindowWarps], all_records;
+  __shared__ SequenceState known, current;
   __shared__ __align__(8) float parts[kWindowWarps][d];  // of an output
   const int blocks = 1 << shift_blocks,
             shift_warps = shift_blocks + 3;  // a power of two, all of them
@@ -147,12 +149,18 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
 
   // Before the token's own row exists: all others are where they will be. Only `last` may be one
   // behind; then the window's last row but one comes later, too.
-  const volatile SequenceState* state = a.state + sequence;
-  const int history = static_cast<int>(state->history);
-  const int compressed = a.context_rows == ContextRows::history ? history : state->compressed;
+  const auto fetch_state = [&](SequenceState* to) {
+    constexpr int kWords = sizeof(SequenceState) / sizeof(int);
+    const int* const from = reinterpret_cast<const int*>(a.state + sequence) + threadIdx.x;
+    if (threadIdx.x < kWords) reinterpret_cast<int*>(to)[threadIdx.x] = load_now(from, true);
+  };
+  fetch_state(&known);
+  __syncthreads();
+  const int history = static_cast<int>(known.history);
+  const int compressed = a.context_rows == ContextRows::history ? history : known.compressed;
   const int context = a.context_rows == ContextRows::none ? 0 : min(max(compressed, 0), most);
   const int cached =
-      static_cast<int>(min(max(state->last - history, int64_t{0}), int64_t{most - context}));
+      static_cast<int>(min(max(known.last - history, int64_t{0}), int64_t{most - context}));
   // Units of eight rows, first those of the context, then the window's, are dealt to all warps.
   const int warps = blocks * kWindowWarps, place = block + warp * blocks;
   const int context_units = (context + kEight - 1) / kEight;
@@ -223,14 +231,14 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   auto query = Rows::load(queries);
 #pragma unroll
   for (auto& row : newer) row.load();
-  const bool live = state->live != 0;
-  const int own = static_cast<int>(state->last - history);
+  fetch_state(&current);
   if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
 #pragma unroll
   for (const auto& row : newer) row.store();
-  __syncwarp();
-  if (!live) return;
-  const int window = own + 1, window_units = (window + kEight - 1) / kEight;
+  __syncthreads();
+  if (current.live == 0) return;
+  const int window = static_cast<int>(current.last) - history + 1,
+            window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
   // Query i is merged by block i % blocks. A softmax's records are as many as warps with
   // rows of it.
