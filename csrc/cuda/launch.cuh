@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <tuple>
+
 #include "tlinformer/error.h"
 
 namespace tlinformer::cuda {
@@ -39,6 +42,20 @@ __device__ inline void let_next_start() {
 #endif
 }
 
+// Sets an attribute of a kernel to at least `value`. Asking the runtime takes a microsecond or two,
+// so each thread remembers what it has set, for each device.
+template <class Kernel>
+void set_attribute(Kernel* kernel, cudaFuncAttribute attribute, int value, const char* name) {
+  thread_local std::map<std::tuple<int, const void*, cudaFuncAttribute>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  int& set = known.try_emplace({device, function, attribute}, -1).first->second;
+  if (set >= value) return;
+  check(cudaFuncSetAttribute(function, attribute, value), name);
+  set = value;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, dim3 grid,
             dim3 block, size_t shared_bytes, Arguments&&... arguments) {
@@ -61,17 +78,14 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          name);
+    set_attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                  static_cast<int>(shared_bytes), name);
   }
   if (how.early) {
     // Weights pass through the L1 cache on their way into registers: the kernels of a step leave it
     // most of the memory, all of them alike, if they can.
     constexpr int kPercentShared = 14;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                               kPercentShared),
-          name);
+    set_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercentShared, name);
   }
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
