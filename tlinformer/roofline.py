@@ -21,8 +21,8 @@ from tlinformer.engine import Engine, SamplingParams
 # On a GPU a verb is one or more kernels; the first pattern found in a kernel's name says which.
 KERNELS = (
     (r"tlin_project_", "project"),
-    (r"tlin_(add|gate)_", "finish"),
-    (r"tlin_(decode|window|prefill)_", "attend"),
+    (r"tlin_(add|gated?|mlp)_", "finish"),
+    (r"tlin_(decode|history|window|prefill|resident)_", "attend"),
     (r"tlin_head_", "head"),
     (r"tlin_(sample|feed)_|tlin_mark_seen|tlin_set_history", "draw"),
     (r"tlin_(norm|rotate|silu)_rows|tlin_widen", "rows"),

@@ -111,6 +111,22 @@ void test_prefill_and_steps(const char* name, const Config& config, int64_t leng
   CHECK(worst < kRounding);
 }
 
+// Histories of several pieces, one sequence after the other, while an earlier prompt is under way.
+void test_pieces(const Config& config) {
+  constexpr int64_t kLength = 18000;
+  const RandomModel model(config, DType::bfloat16);
+  OnDevice device(model, kLength, 2);
+  CHECK(4 * device.plan.piece_rows() < kLength);
+  Owned cpu(model, kLength, 2, 0);
+  const std::vector<Tokens> prompts{tokens_of(kLength, config, 1), tokens_of(9001, config, 2)};
+  device.engine->prefill({tokens_of(kLength, config, 3)});
+  device.engine->prefill(prompts);
+  cpu.engine.prefill(prompts);
+  const double difference = distance(device.logits(), cpu.logits());
+  std::printf("%-40s %.4f\n", "several pieces", difference);
+  CHECK(difference < kRounding);
+}
+
 // generate equals its tokens pushed one by one, however it was cut, to the last bit.
 void test_generate(const Config& config, int64_t batch) {
   const RandomModel model(config, DType::bfloat16);
@@ -281,6 +297,10 @@ int main(int argc, char** argv) {
   c.vocab_size = 300;
   c.generation_window = c.history_window = 64;
   test_prefill_and_steps("D 576", c, 1300);
+  c = product_config(432, 12, 1280);
+  c.vocab_size = 300;
+  c.generation_window = c.history_window = 64;
+  test_pieces(c);
   test_generate(two_heads(), 1);
   test_generate(two_heads(), 3);
   test_state(two_heads());
