@@ -115,11 +115,10 @@ class CudaBackend final : public Backend {
 
   void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                     int64_t count) override {
-    if (begin == 0) join();  // old tokens may still be read
-    // On the lane of the next piece; while the lanes are joined, before both.
+    join();
     check(cudaMemcpyAsync(tokens_of(sequence) + begin, tokens,
                           static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyHostToDevice,
-                          forked_ ? lane_stream() : stream_),
+                          stream_),
           "copy of token ids");
   }
 
@@ -307,12 +306,11 @@ class CudaBackend final : public Backend {
   // Pieces of a history go through two lanes in turn: where one waits for memory, the other
   // computes, and neither leaves multiprocessors idle at the end of its kernels.
   void piece(const Stage& stage, const Span& span) {
+    const int lane = static_cast<int>(piece_ % 2);
     if (!forked_) fork();
-    many_[piece_ % 2]->run(stage, span);
-    wait_for_an_earlier_piece(lane_stream());
+    many_[lane]->run(stage, span);
+    wait_for_an_earlier_piece(lane == 0 ? stream_ : side_);
   }
-
-  cudaStream_t lane_stream() const { return piece_ % 2 == 0 ? stream_ : side_; }
 
   void fork() {
     check(cudaEventRecord(meeting_, stream_), "cudaEventRecord");

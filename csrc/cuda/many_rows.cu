@@ -73,7 +73,7 @@ void ManyRows::prepare() {
     }
     const float* bias = reinterpret_cast<const float*>(base_ + w_.biases);
     if (rows > padded_rows(m_.plan.piece_rows())) continue;
-    if (gated_) dense_.set(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
+    dense_.set(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
     dense_.add(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
     dense_.add(base_ + lane_.output, rows, layer.down_proj_weight, nullptr, d, f, x, how_);
   }

@@ -101,8 +101,7 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // The backend keeps the token ids of every sequence, by position. Those of a span are written
-  // before the first stage that covers it runs; a new sequence begins with position 0.
+  // The backend keeps the token ids of every sequence, by position.
   virtual void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                             int64_t count) = 0;
 

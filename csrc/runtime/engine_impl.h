@@ -84,9 +84,7 @@ struct Engine::Impl {
     return sum;
   }
 
-  // Of a prompt the backend gets each piece's tokens right before it needs them, so that a device
-  // does not wait for all.
-  void slide(int64_t index, int64_t history, Meter& meter, const Tokens* prompt = nullptr) {
+  void slide(int64_t index, int64_t history, Meter& meter) {
     const Range range("slide", history);
     Sequence& sequence = sequences[static_cast<size_t>(index)];
     sequence.slid_history = kStale;  // until done: an interruption then costs only time
@@ -94,7 +92,6 @@ struct Engine::Impl {
       const Span all = slide_span(i, index, history);
       for (const Span& piece : pieces_of(slide_stages[i], all, plan.piece_rows())) {
         const Range range("piece", piece.begin);
-        if (prompt && i == 0) write(*prompt, piece);
         run(slide_stages[i], {piece}, meter);
         meter.poll();
       }
@@ -102,10 +99,6 @@ struct Engine::Impl {
     sequence.known_history = std::max(sequence.known_history, history);
     sequence.slid_history = history;
     ++stats.slides;
-  }
-
-  void write(const Tokens& prompt, const Span& span) {
-    backend->write_tokens(span.sequence, span.begin, prompt.data() + span.begin, span.rows);
   }
 
   void prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
@@ -128,6 +121,7 @@ struct Engine::Impl {
     for (size_t i = 0; i < prompts.size(); ++i) {
       const int64_t length = static_cast<int64_t>(prompts[i].size());
       sequences[i].length = length;
+      backend->write_tokens(static_cast<int64_t>(i), 0, prompts[i].data(), length);
       const int64_t history = config.history_at(length - 1);
       windows.push_back(span_of(static_cast<int64_t>(i), history, length - history, history));
       meter.total += slide_cost(windows.back().sequence, history);
@@ -135,9 +129,7 @@ struct Engine::Impl {
     }
     try {
       for (const Span& last : windows) {
-        const Tokens& prompt = prompts[static_cast<size_t>(last.sequence)];
-        if (last.history > 0) slide(last.sequence, last.history, meter, &prompt);
-        write(prompt, last);
+        if (last.history > 0) slide(last.sequence, last.history, meter);
         run(window, {last}, meter);
         sequences[static_cast<size_t>(last.sequence)].known_history = last.begin + last.rows;
         stats.prefill_tokens += last.begin + last.rows;
