@@ -11,6 +11,8 @@ namespace {
 // A dense (rows, heads, d) activation as heads of one sequence.
 HeadTensor activation(void* data, int64_t heads, int64_t d) { return {data, 0, d, heads * d}; }
 
+constexpr int64_t kFewRows = 1024;  // too few blocks for the gated product
+
 }  // namespace
 
 ManyRows::ManyRows(const Model& model, const Workspace& workspace, int lane, char* base,
@@ -68,7 +70,7 @@ void ManyRows::prepare() {
       dense_.product(input, rows, layer.qkv_proj_weight, layer.qkv_proj_bias, columns, d, wide,
                      columns, how_);
     }
-    if (!gated_ && rows <= lane_.gated_rows) {
+    if ((!gated_ || rows <= kFewRows) && rows <= lane_.gated_rows) {
       dense_.product(input, rows, layer.gate_proj_weight, nullptr, f, d, wide, 2 * f, how_);
     }
     const float* bias = reinterpret_cast<const float*>(base_ + w_.biases);
@@ -238,7 +240,8 @@ void ManyRows::finish(const Verb& verb) {
                  layer.gate_proj_weight,
                  layer.up_proj_weight,
                  base_ + lane_.output};
-  if (gated_ && tokens_ != nullptr) {  // it makes x's rows, too
+  const bool gated = gated_ && rows_ > kFewRows;
+  if (gated && tokens_ != nullptr) {  // it makes x's rows, too
     float* const branch = reinterpret_cast<float*>(base_ + lane_.wide);
     dense_.set(attended, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), branch, how_);
     g.embed = m_.weights.embed_tokens;
@@ -249,7 +252,7 @@ void ManyRows::finish(const Verb& verb) {
     if (tokens_ != nullptr) norm(nullptr);
     dense_.add(attended, padded_, layer.out_proj_weight, bias, d, m_.c.query_dim(), x_, how_);
   }
-  if (gated_) {
+  if (gated) {
     gated_product(g, how_);
   } else {
     norm(&mlp_norm);

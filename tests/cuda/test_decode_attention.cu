@@ -415,8 +415,8 @@ int main(int count, char** arguments) {
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
   test_sizes<bf16>();
   test_sizes<f16>();
-  test<bf16>({36, 2, 2, ContextRows::history, true, {{300001, 0, 200, 1}}}, 3);
-  test<f16>({64, 4, 2, ContextRows::history, false, {{300000, 0, 256, 1}}}, 4);
+  test<bf16>({36, 2, 2, ContextRows::history, true, {{1000001, 0, 200, 1}}}, 3);
+  test<f16>({64, 4, 2, ContextRows::history, false, {{1000000, 0, 256, 1}}}, 4);
   test_offsets();
   std::puts("ok");
 }
