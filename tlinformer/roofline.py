@@ -27,6 +27,7 @@ KERNELS = (
     (r"tlin_(sample|feed)_|tlin_mark_seen|tlin_set_history", "draw"),
     (r"tlin_(norm|rotate|silu)_rows|tlin_widen", "rows"),
     (r"nvjet|gemm|cutlass|cublas|xmma", "products"),
+    (r"tlin_measure_speed", "other"),  # when an engine is made
 )
 
 

@@ -136,10 +136,12 @@ class PyEngine {
   template <class... Where>
   void narrow(const int64_t* ids, int64_t count, Tokens& to, const Where&... where) const {
     to.resize(static_cast<size_t>(count));
+    int32_t* const narrowed = to.data();
     int64_t bits = 0;  // of all ids; a negative one has the highest
+#pragma omp parallel for reduction(| : bits) if (count > 65536)
     for (int64_t i = 0; i < count; ++i) {
       bits |= ids[i];
-      to[static_cast<size_t>(i)] = static_cast<int32_t>(ids[i]);
+      narrowed[i] = static_cast<int32_t>(ids[i]);
     }
     if (bits >> 31 == 0) return;
     for (int64_t i = 0; i < count; ++i) {
