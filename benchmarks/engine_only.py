@@ -128,7 +128,7 @@ def trace(args: argparse.Namespace) -> dict[str, Any]:
         end = max(end, stop)
     by_time = sorted(kernels.items(), key=lambda item: -sum(item[1]))
     return {
-        "of": args.of,
+        "traced": args.of,
         "tokens": tokens,
         "device_microseconds": end - begin,
         "device_busy_microseconds": busy,

@@ -25,7 +25,7 @@ import tlinformer
 from tlinformer.roofline import measure_ceilings, seconds
 
 RESULTS = Path(__file__).resolve().parent / "results"
-KEY = ("suite", "size", "peer", "history", "batch", "dtype", "of")  # of: what a trace is of
+KEY = ("suite", "size", "peer", "history", "batch", "dtype", "traced")
 SETTLED = ("ms", "bytes", "skipped")  # a row with one of these is not measured again
 FLUSH = 2**28  # bytes: more than twice any L2
 

@@ -137,6 +137,33 @@ def cuda_hit() -> str:
     return table(head, *lines) + version(r["run"] for r in found)
 
 
+def state() -> str:
+    """The file of a long text's state."""
+    (row,) = load("state-cuda")["rows"]
+    lines = [
+        ["tokens read", f"{row['history']:,}"],
+        ["reading them", f"{row['prefill_seconds'] * 1e3:.0f} ms"],
+        ["file", f"{row['file_bytes'] / 2**30:.2f} GiB"],
+        ["writing it", f"{row['save_seconds']:.1f} s"],
+        ["restoring it", f"{row['load_seconds']:.1f} s"],
+        ["tokens then generated, equal to those without a file", f"{row['tokens_equal']}"],
+    ]
+    return table(["measured", "figure"], *lines) + version(load("state-cuda")["runs"])
+
+
+def startup() -> str:
+    """Programs from their start to their first text."""
+    lines = [
+        [
+            f"`{row['peer']}`",
+            f"{row['first_byte_seconds']:.2f} s",
+            f"{row['resident_bytes'] / 2**20:.0f} MiB",
+        ]
+        for row in load("startup-cpu")["rows"]
+    ]
+    return table(["program", "first text after", "most resident memory"], *lines)
+
+
 def by_size(row: dict[str, Any]) -> tuple[int, int]:
     return ("tiny", "41m", "d512", "1.3b", "7b").index(row["size"]), row["history"]
 
@@ -248,7 +275,9 @@ if __name__ == "__main__":
     fill(
         ROOT / "README.md",
         demo,
+        state,
         planner,
+        startup,
         cpu_speed,
         cpu_prefill,
         cpu_memory,

@@ -39,9 +39,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from tlinformer.cli.train import read_recipe
 from tlinformer.config import TLinFormerConfig
 from tlinformer.data import TokenFile
+from tlinformer.device import resolve_device
 from tlinformer.metrics import training_flops
 from tlinformer.ops import window_attention
-from tlinformer.recipe import Corpus, resolve_device
+from tlinformer.recipe import Corpus
 from tlinformer.settings import TrainConfig
 from tlinformer.state import TrainState
 

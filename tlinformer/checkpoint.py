@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import TLinFormerConfig
+from .device import resolve_device
 
 if TYPE_CHECKING:
     from .model import CausalLM
@@ -78,6 +79,7 @@ def load(
     device: torch.device | str | None = None,
 ) -> Model:
     """The model of class `cls` in `directory`; see `CausalLM.from_pretrained`."""
+    place = resolve_device(str(device or "cpu"))
     config = load_config(directory)
     path = _existing(Path(directory) / WEIGHTS)
     try:
@@ -116,7 +118,7 @@ def load(
                 f"{', '.join(map(str, PARAMETER_DTYPES))}"
             )
     model.load_state_dict(tensors, assign=True)
-    return model.to(device=device or "cpu", dtype=dtype).eval()
+    return model.to(device=place, dtype=dtype).eval()
 
 
 def _existing(path: Path) -> Path:

@@ -5,7 +5,6 @@ Without torchrun every function here does what one process needs, which is mostl
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,16 +26,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .device import launched
 from .layer import Layer
 
 Result = TypeVar("Result")
 # Checkpoints hold whole tensors, so that another number of processes can go on from them.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:

@@ -236,7 +236,7 @@ class CausalLM(nn.Module):
 
         Args:
             dtype: of the parameters; None keeps the file's.
-            device: None is the CPU.
+            device: None is the CPU, "auto" a GPU if there is one.
 
         Raises:
             FileNotFoundError, ValueError: naming the file and what is wrong with it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import zlib
 from dataclasses import dataclass, replace
@@ -18,27 +17,9 @@ from .baseline import TransformerForCausalLM
 from .checkpoint import WEIGHTS, load_config
 from .config import VARIANTS, TLinFormerConfig
 from .data import TokenFile, dataset_files, load_tokenizer, tokenize_files, train_tokenizer
-from .distributed import launched, rank
+from .distributed import rank
 from .model import CausalLM, TLinFormerForCausalLM
 from .settings import TrainConfig
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" prefers a GPU, "cuda" is a process's own under torchrun.
-
-    Raises ValueError when it is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; name auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and device.index is None and launched():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is '{device}', but this machine has no such GPU")
-    return device
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:

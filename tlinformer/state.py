@@ -13,7 +13,8 @@ from torch import nn
 from . import distributed
 from .checkpoint import replace_file
 from .data import PackedSequences
-from .recipe import Corpus, autocast_dtype, build_model, resolve_device
+from .device import resolve_device
+from .recipe import Corpus, autocast_dtype, build_model
 from .settings import TrainConfig
 
 

@@ -20,9 +20,10 @@ from rich.progress import Progress
 
 from . import distributed
 from .data import token_byte_lengths
+from .device import resolve_device
 from .evaluation import evaluate
 from .metrics import MetricsLog, check_tensorboard, peak_flops, peak_memory_gib, training_flops
-from .recipe import Corpus, build_model, prepare_corpus, resolve_device
+from .recipe import Corpus, build_model, prepare_corpus
 from .settings import TrainConfig
 from .state import TrainState
 from .terminal import Stopwatch, progress_bar, stop_signal

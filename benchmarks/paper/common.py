@@ -29,8 +29,9 @@ from tlinformer.data import (
     token_byte_lengths,
     tokenize_files,
 )
+from tlinformer.device import resolve_device
 from tlinformer.evaluation import evaluate
-from tlinformer.recipe import autocast_dtype, load_model, prepare_corpus, resolve_device
+from tlinformer.recipe import autocast_dtype, load_model, prepare_corpus
 from tlinformer.settings import TrainConfig
 from tlinformer.state import TrainState
 from tlinformer.train import train

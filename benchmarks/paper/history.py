@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from common import SMOKE, arguments, chosen, text, write
 
 from tlinformer.data import END_OF_TEXT, TokenFile, load_tokenizer
-from tlinformer.recipe import load_model, resolve_device
+from tlinformer.device import resolve_device
+from tlinformer.recipe import load_model
 
 MODELS = ("base-1k-seed0", "1k-1k-0.5-seed0", "1k-512-0.5-seed0")
 HISTORIES = (0, 256, 1024, 4096, 16384)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from common import arguments, chosen, write
 
 from tlinformer.config import TLinFormerConfig
-from tlinformer.recipe import build_model, resolve_device
+from tlinformer.device import resolve_device
+from tlinformer.recipe import build_model
 from tlinformer.state import parameter_groups
 
 QUERY, KEYS, VALUES, FILLER = 0, 64, 32, 31  # a vocabulary of 128 in this order

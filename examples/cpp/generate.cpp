@@ -35,6 +35,10 @@ Options options_of(int argc, char** argv) {
   o.sampling.top_p = 0.95;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
+    if (name == "--help" || name == "-h") {
+      std::fputs(kUsage, stdout);
+      std::exit(0);
+    }
     require(i + 1 < argc, name, " needs a value\n", kUsage);
     const std::string value = argv[i + 1];
     char* end = nullptr;

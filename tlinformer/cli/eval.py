@@ -45,8 +45,9 @@ def eval_command(
     import torch
 
     from ..data import TokenFile, load_tokenizer, token_byte_lengths, tokenize_files
+    from ..device import resolve_device
     from ..evaluation import evaluate
-    from ..recipe import autocast_dtype, load_model, resolve_device
+    from ..recipe import autocast_dtype, load_model
 
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype is {dtype!r}; it must be auto, bfloat16 or float32")

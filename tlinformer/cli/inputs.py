@@ -14,8 +14,8 @@ def pick_device(device: str, config: Any, dtype: str | None) -> Any:
     """Where to run; "auto" prefers a GPU if this build's CUDA engine takes the model and dtype."""
     import torch
 
+    from ..device import resolve_device
     from ..plan import plan_cache
-    from ..recipe import resolve_device
 
     if device == "auto" and torch.cuda.is_available():
         try:
