@@ -26,8 +26,16 @@ MODEL = ROOT / "models/tlinformer-prose-8m"
 PROMPT = b"In the beginning"
 
 
+def resident(pid: int) -> int:
+    """The most bytes that were resident, but not of the process that forked this one."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0  # it has ended
+
+
 def start(command: list[str]) -> tuple[float, float]:
-    """Seconds to the first byte of text, and the most bytes that were resident."""
+    """Seconds to the first byte of text, and the most bytes resident until the last."""
     begin = time.perf_counter()
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -36,13 +44,12 @@ def start(command: list[str]) -> tuple[float, float]:
     process.stdin.write(PROMPT)
     process.stdin.close()
     first = os.read(process.stdout.fileno(), 1)
-    taken = time.perf_counter() - begin
+    taken, peak = time.perf_counter() - begin, resident(process.pid)
     while os.read(process.stdout.fileno(), 1 << 16):
-        pass
-    _, status, usage = os.wait4(process.pid, 0)
-    if not first or status != 0:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
-    return taken, usage.ru_maxrss * 1024
+        peak = max(peak, resident(process.pid))
+    if process.wait() != 0 or not first:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+    return taken, peak
 
 
 def main() -> None:
@@ -51,14 +58,15 @@ def main() -> None:
     )
     generate = ROOT / "build/examples/cpp/tlin-generate"
     parser.add_argument("--generate", type=Path, default=generate, help="the C++ program")
-    parser.add_argument("--runs", type=int, default=9, help="of each program")
+    parser.add_argument("--runs", type=int, default=15, help="of each program")
     parser.add_argument("--json", type=Path, default=RESULTS / "startup-cpu.json")
     args = parser.parse_args()
     common = ["--prompt-file", "-", "--max-new-tokens", "8", "--temperature", "0"]
     programs = {
         "tlin-generate": [str(args.generate), "--model", str(MODEL), *common],
         "tlinformer generate": [
-            *(sys.executable, "-m", "tlinformer", "generate", str(MODEL), "--device", "cpu"),
+            *(sys.executable, "-m", "tlinformer", "generate", "--device", "cpu"),
+            *("--model", str(MODEL)),
             *common,
         ],
     }
@@ -71,9 +79,9 @@ def main() -> None:
     results = Results(args.json)
     results.begin(torch.device("cpu"))
     for name, figures in seen.items():
-        seconds, resident = (statistics.median(column) for column in zip(*figures, strict=True))
+        seconds, peak = (statistics.median(column) for column in zip(*figures, strict=True))
         row = {"suite": "startup", "size": MODEL.name, "peer": name, "history": 0, "batch": 1}
-        row |= {"dtype": "bfloat16", "first_byte_seconds": seconds, "resident_bytes": resident}
+        row |= {"dtype": "bfloat16", "first_byte_seconds": seconds, "resident_bytes": peak}
         results.add(row)
 
 
