@@ -166,15 +166,21 @@ def title_of(size: str, device: str, folder: Path) -> str:
 
 
 def finish(figure: Any, all_axes: Any, title: str, path: Path) -> None:
-    """One legend for all; panels without a line go."""
+    """One legend for all; panels without a line go, and the second row if all of it does."""
     named: dict[str, Any] = {}
-    for axes in all_axes:
+    panels = list(all_axes)
+    for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         if not handles:
             axes.set_visible(False)
         named |= dict(zip(labels, handles, strict=True))
         if not axes.get_xlabel():
             axes.set_xlabel("tokens of history")
+    if not any(axes.get_visible() for axes in panels[3:]):
+        panels[0].get_gridspec().set_height_ratios([1, 0.001])
+        for axes in panels[3:]:
+            axes.remove()
+        figure.set_figheight(5)
     ordered = [LABELS[p] for p in ORDER if LABELS[p] in named]
     figure.legend(
         [named[x] for x in ordered], ordered, loc="outside lower center", ncols=5, frameon=False
