@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .inputs import check_threads, pick_device
+from .inputs import AsJson, DeviceName, EngineDtype, Threads, check_threads, pick_device
 from .plan import parse_tokens
 
 SUITES = ("decode", "prefill", "batch", "cache", "memory", "trace", "state", "train-step")
@@ -57,17 +57,10 @@ def bench_command(
         bool,
         typer.Option("--roofline", help="What each verb took beside what this machine can do."),
     ] = False,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, or auto: a GPU if it can.")
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="float32 (CPU), bfloat16, float16 (CUDA), or auto."),
-    ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads of the CPU (default: all).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: DeviceName = "auto",
+    dtype: EngineDtype = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time a prefill of random tokens, the token that slides, and those between slides.
 

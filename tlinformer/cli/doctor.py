@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..terminal import progress_bar
-from .inputs import pick_device
+from .inputs import AsJson, DeviceName, EngineDtype, pick_device
 from .plan import parse_tokens
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
@@ -35,14 +35,9 @@ def doctor_command(
     max_tokens: Annotated[
         int, typer.Option(min=2, metavar="N", help="Score so many tokens from the text's start.")
     ] = 16384,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, or auto: a GPU if it can.")
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="float32 (CPU), bfloat16, float16 (CUDA), or auto."),
-    ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: DeviceName = "auto",
+    dtype: EngineDtype = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Look for the ways in which a model's windows, memory or use go wrong.
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..terminal import format_bytes
-from .inputs import check_threads, file_errors, pick_device, read_prompt
+from .inputs import DeviceName, Threads, check_threads, file_errors, pick_device, read_prompt
 
 ECHO = 300  # characters of the prompt's end shown before its continuation
 LONG = 0.5  # seconds after which a slide shows its progress
@@ -66,10 +66,7 @@ def generate_command(
         float, _sampling("R", "Above 1, tokens already there become less likely.")
     ] = 1.0,
     seed: Annotated[int, _sampling("N", "Same seed, same text.")] = 0,
-    device: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, or auto: a GPU if it can."),
-    ] = "auto",
+    device: DeviceName = "auto",
     dtype: Annotated[
         str,
         typer.Option(
@@ -78,9 +75,7 @@ def generate_command(
             "CUDA.",
         ),
     ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads of the CPU (default: all).")
-    ] = None,
+    threads: Threads = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")
     ] = False,

@@ -15,6 +15,8 @@ from rich.table import Table
 
 import tlinformer
 
+from .inputs import AsJson
+
 
 def collect() -> dict[str, Any]:
     """Versions, devices and build; `advice` says what is missing and what to do about it."""
@@ -61,7 +63,7 @@ def find_cmake_package() -> Path:
 
 
 def info_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     cmake_dir: Annotated[
         bool,
         typer.Option("--cmake-dir", help="Print the folder that CMake's tlinformer_DIR names."),

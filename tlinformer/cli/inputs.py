@@ -7,7 +7,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+# Options that several commands have.
+DeviceName = Annotated[
+    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, or auto: a GPU if it can.")
+]
+EngineDtype = Annotated[
+    str, typer.Option(metavar="NAME", help="float32 (CPU), bfloat16, float16 (CUDA), or auto.")
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="Threads of the CPU (default: all).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def pick_device(device: str, config: Any, dtype: str | None) -> Any:

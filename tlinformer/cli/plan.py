@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..config import TLinFormerConfig
 from ..terminal import format_bytes
-from .inputs import check_threads, pick_device
+from .inputs import AsJson, Threads, check_threads, pick_device
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 # Larger models take long to fill with random weights on a CPU.
@@ -71,10 +71,8 @@ def plan_command(
             "it fits the device; on a CPU, up to 1 GiB of weights."
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads of the CPU (default: all).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show the memory an engine needs, the longest context that fits, and what tokens will cost.
 

@@ -270,18 +270,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 #pragma unroll 1
     for (int i = threadIdx.x; i < H * D; i += kThreads) {
       const int h = i / D, e = i % D;
-      float top = kMinusInfinity, sum = 0, output = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_softmax[w].top[h]);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        if (warp_softmax[w].sum[h] == 0) continue;
-        const float weight = exp2_fast(warp_softmax[w].top[h] - top);
-        sum += weight * warp_softmax[w].sum[h];
-        output += weight * warp_softmax[w].output[h][e];
-      }
-      to[h * (D + kPartialExtra) + e] = output;
-      if (e < 2) to[h * (D + kPartialExtra) + D + e] = e == 0 ? top : sum;
+      const MergedElement merged(warp_softmax, h, e);
+      to[h * (D + kPartialExtra) + e] = merged.output;
+      if (e < 2) to[h * (D + kPartialExtra) + D + e] = e == 0 ? merged.top : merged.sum;
     }
     at -= whole_tiles(walk.count);
     walk.next(table, passes);

@@ -90,6 +90,24 @@ struct PartialSoftmax {
   float top[H], sum[H];  // sum 0: of no rows
 };
 
+// One element of a head's output over all warps of a block, before the division by `sum`.
+struct MergedElement {
+  float output = 0, top = kMinusInfinity, sum = 0;
+
+  template <int D, int H>
+  __device__ MergedElement(const PartialSoftmax<D, H>* warps, int h, int e) {
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) top = fmaxf(top, warps[w].top[h]);
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      if (warps[w].sum[h] == 0) continue;
+      const float weight = exp2_fast(warps[w].top[h] - top);
+      sum += weight * warps[w].sum[h];
+      output += weight * warps[w].output[h][e];
+    }
+  }
+};
+
 // Sums values[0 ... kCount) over the lanes that differ in the bits kDistance, 2 kDistance, ... 16
 // other than those in kSkip. Of the sums each lane keeps `count`, which are number first, first + 1
 // ... of all.

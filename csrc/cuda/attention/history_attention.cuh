@@ -199,22 +199,11 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
   meet();
   if (live == 0) return;
 
-  // Of the block's warps; `put` takes an element's head, number, share of the output, top and sum.
   const auto merge_warps = [&](const Softmax* of, auto put) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < H * D; i += kDecodeThreads) {
       const int h = i / D, e = i % D;
-      float top = kMinusInfinity, sum = 0, output = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, of[w].top[h]);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        if (of[w].sum[h] == 0) continue;
-        const float weight = exp2_fast(of[w].top[h] - top);
-        sum += weight * of[w].sum[h];
-        output += weight * of[w].output[h][e];
-      }
-      put(h, e, output, top, sum);
+      put(h, e, MergedElement(of, h, e));
     }
   };
   uint2* const to = records + (int64_t{pass} * p.parts + part) * kWords;
@@ -225,17 +214,17 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
                    "r"(__float_as_uint(x)), "r"(number)
                    : "memory");
     };
-    merge_warps(softmaxes, [&](int h, int e, float output, float top, float sum) {
-      store(h * (D + 2) + e, output);
-      if (e < 2) store(h * (D + 2) + D + e, e == 0 ? top : sum);
+    merge_warps(softmaxes, [&](int h, int e, const MergedElement& merged) {
+      store(h * (D + 2) + e, merged.output);
+      if (e < 2) store(h * (D + 2) + D + e, e == 0 ? merged.top : merged.sum);
     });
     return;
   }
   float* const gathered = reinterpret_cast<float*>(memory);  // of the parts, then the window's
   const auto keep = [&](float* record) {
-    return [=](int h, int e, float output, float top, float sum) {
-      record[h * (D + 2) + e] = output;
-      if (e < 2) record[h * (D + 2) + D + e] = e == 0 ? top : sum;
+    return [=](int h, int e, const MergedElement& merged) {
+      record[h * (D + 2) + e] = merged.output;
+      if (e < 2) record[h * (D + 2) + D + e] = e == 0 ? merged.top : merged.sum;
     };
   };
   merge_warps(softmaxes, keep(gathered));

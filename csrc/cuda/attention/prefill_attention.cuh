@@ -431,14 +431,13 @@ __device__ inline void attend(const PrefillPlan& p, int g, uint32_t stages, Warp
   warp.normalise();
 }
 
+// Behind the d elements of a row of keys lie zeros, of values a one and zeros: the copies never
+// touch them.
 template <class T, int d>
-__global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
-    tlin_prefill_attention(const __grid_constant__ PrefillPlan p) {
+__device__ void fill_padding(unsigned char* shared, int stages) {
   using Tile = PrefillTile<d>;
-  extern __shared__ __align__(16) unsigned char shared[];
-  let_next_start();
-  if constexpr (Tile::kColumnOfOnes) {  // the copies never touch the padding
-    for (int i = threadIdx.x; i < Tile::kStages * 2 * kKeyTile; i += Tile::kThreads) {
+  if constexpr (Tile::kColumnOfOnes) {
+    for (int i = threadIdx.x; i < stages * 2 * kKeyTile; i += Tile::kThreads) {
       T* padding = reinterpret_cast<T*>(shared) + i * Tile::kStride + d;
       const bool values = i / kKeyTile % 2 != 0;
 #pragma unroll
@@ -447,6 +446,15 @@ __global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
       }
     }
   }
+}
+
+template <class T, int d>
+__global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
+    tlin_prefill_attention(const __grid_constant__ PrefillPlan p) {
+  using Tile = PrefillTile<d>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  let_next_start();
+  fill_padding<T, d>(shared, Tile::kStages);
   wait_for_previous();
 
   const PrefillAttention& a = p.call;

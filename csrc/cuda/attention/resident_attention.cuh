@@ -29,16 +29,7 @@ __global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
   const PrefillAttention& a = p.call;
   const KeyGroup& group = a.groups[0];
   const int count = static_cast<int>(group.count), tiles = (count - 1) / kKeyTile + 1;
-  if constexpr (Tile::kColumnOfOnes) {  // the copies never touch the padding
-    for (int i = threadIdx.x; i < tiles * 2 * kKeyTile; i += Tile::kThreads) {
-      T* padding = reinterpret_cast<T*>(shared) + i * Tile::kStride + d;
-      const bool values = i / kKeyTile % 2 != 0;
-#pragma unroll
-      for (int j = 0; j < Tile::kChunks * 8 - d; ++j) {
-        padding[j] = from_float<T>(values && j == 0 ? 1.0f : 0.0f);
-      }
-    }
-  }
+  fill_padding<T, d>(shared, tiles);
   wait_for_previous();
 
   const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
