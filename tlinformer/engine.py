@@ -196,7 +196,7 @@ class Engine:
         return both
 
     def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
-        """The sequences of a batch as contiguous int64 CPU tensors (L), their range unchecked."""
+        """The sequences of a batch as contiguous CPU tensors (L) of int32 or int64, unchecked."""
         rows: list[Any]
         if isinstance(token_ids, torch.Tensor):
             if token_ids.ndim not in (1, 2):
@@ -216,7 +216,10 @@ class Engine:
                     f"{call} takes integer token ids, 1-D for each sequence; got {row.dtype} of "
                     f"shape {tuple(row.shape)}"
                 )
-        return [row.to("cpu", torch.int64).contiguous() for row in rows]
+        return [
+            row.to("cpu", torch.int32 if row.dtype == torch.int32 else torch.int64).contiguous()
+            for row in rows
+        ]
 
     def _logits(self, as_list: bool) -> Any:
         shape = (self._compiled.sequences, self.config.vocab_size)
@@ -248,7 +251,9 @@ class Engine:
         """
         ids = self._ids(input_ids, "prefill")
         with self._on_stream("prefill"):
-            self._compiled.prefill([(row.data_ptr(), row.numel()) for row in ids], progress)
+            self._compiled.prefill(
+                [(row.data_ptr(), row.numel(), row.dtype == torch.int64) for row in ids], progress
+            )
         self._as_list = not isinstance(input_ids, torch.Tensor)
         return self._logits(self._as_list)
 

@@ -15,10 +15,11 @@ namespace tlinformer {
 namespace cuda {
 namespace {
 
-constexpr int64_t kRing = 64;     // draws whose tokens the host may be late to fetch
-constexpr int64_t kAhead = 16;    // tokens that the device may be ahead of the host
-constexpr int64_t kTogether = 4;  // tokens that are launched at once, if as many are expected
-constexpr int64_t kEvents = 4;    // pieces of a slide that may be under way
+constexpr int64_t kRing = 64;         // draws whose tokens the host may be late to fetch
+constexpr int64_t kAhead = 16;        // tokens that the device may be ahead of the host
+constexpr int64_t kTogether = 4;      // tokens that are launched at once, if as many are expected
+constexpr int64_t kEvents = 4;        // pieces of a slide that may be under way
+constexpr int64_t kStaged = 1 << 20;  // ids of prompts that there is pinned memory for at first
 
 __global__ void tlin_set_history(SequenceState* state, int64_t history, int32_t compressed) {
   state->history = history;
@@ -88,6 +89,7 @@ class CudaBackend final : public Backend {
         check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
       }
       check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreate");
+      staging(std::min(kStaged, plan.options().max_context));
       many_[0] = std::make_unique<ManyRows>(m_, w_, 0, base_, stream_);
       fork();
       many_[1] = std::make_unique<ManyRows>(m_, w_, 1, base_, side_);
@@ -113,6 +115,21 @@ class CudaBackend final : public Backend {
     release();
   }
 
+  // Pinned: of other memory a copy has the host wait, and is slower.
+  int32_t* staging(int64_t count) override {
+    check(cudaEventSynchronize(staged_), "copy of token ids");
+    if (count > staging_count_) {
+      cudaFreeHost(staging_);
+      staging_ = nullptr;
+      staging_count_ = 0;
+      check(cudaHostAlloc(&staging_, static_cast<size_t>(count) * sizeof(int32_t),
+                          cudaHostAllocDefault),
+            "pinned memory for the prompts");
+      staging_count_ = count;
+    }
+    return staging_;
+  }
+
   void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                     int64_t count) override {
     join();
@@ -120,6 +137,9 @@ class CudaBackend final : public Backend {
                           static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyHostToDevice,
                           stream_),
           "copy of token ids");
+    if (tokens >= staging_ && tokens < staging_ + staging_count_) {
+      check(cudaEventRecord(staged_, stream_), "cudaEventRecord");
+    }
   }
 
   void run(const Stage& stage, const std::vector<Span>& spans, const Poll&) override {
@@ -369,6 +389,7 @@ class CudaBackend final : public Backend {
     }
     if (side_) cudaStreamDestroy(side_);
     cudaFreeHost(ring_);
+    cudaFreeHost(staging_);
   }
 
   const Model m_;
@@ -379,8 +400,9 @@ class CudaBackend final : public Backend {
   std::unique_ptr<ManyRows> many_[2];  // on stream_ and on side_
   std::unique_ptr<Step> step_;
   std::unique_ptr<Graph> push_, one_, several_;  // one_, several_: tokens, drawn first
-  cudaEvent_t events_[kEvents + 1] = {};
-  cudaEvent_t& meeting_ = events_[kEvents];  // of the two streams
+  cudaEvent_t events_[kEvents + 2] = {};
+  cudaEvent_t& meeting_ = events_[kEvents];     // of the two streams
+  cudaEvent_t& staged_ = events_[kEvents + 1];  // of the copies out of staging_
   cudaStream_t side_ = nullptr;
   bool forked_ = false;  // the two streams go their own ways
   uint64_t piece_ = 0;
@@ -388,6 +410,8 @@ class CudaBackend final : public Backend {
   std::vector<SequenceState> device_;  // what the device's states are once all is done
   std::vector<uint8_t> stops_;
   int32_t* ring_ = nullptr;
+  int32_t* staging_ = nullptr;
+  int64_t staging_count_ = 0;
   int64_t expected_ = 0;              // pushes still to come that are enqueued with their draws
   int64_t to_launch_ = 0;             // of the expected draws
   int64_t launched_ = 0, taken_ = 0;  // draws

@@ -104,6 +104,11 @@ class Backend {
   // The backend keeps the token ids of every sequence, by position.
   virtual void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                             int64_t count) = 0;
+  // Host memory for `count` ids, from which write_tokens copies fastest; until the next call.
+  virtual int32_t* staging(int64_t count) {
+    staging_.resize(static_cast<size_t>(count));  // kept: new memory costs a first touch
+    return staging_.data();
+  }
 
   // Runs the stage's verbs over the spans, in order; polls between pieces of long work.
   virtual void run(const Stage& stage, const std::vector<Span>& spans, const Poll& poll) = 0;
@@ -132,6 +137,9 @@ class Backend {
 
   // Where to count the seconds of verbs, if they run one by one.
   virtual void meter(VerbMeter* /*to*/) {}
+
+ private:
+  Tokens staging_;
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const Config& config, const Weights& weights,

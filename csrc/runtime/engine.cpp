@@ -50,14 +50,22 @@ Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 
 void Engine::prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
-  impl_->prefill(prompts, progress);
+  std::vector<TokenIds> ids;
+  for (const Tokens& prompt : prompts) {
+    ids.push_back({prompt.data(), static_cast<int64_t>(prompt.size())});
+  }
+  prefill(ids.data(), static_cast<int64_t>(ids.size()), progress);
+}
+
+void Engine::prefill(const TokenIds* prompts, int64_t count, const Progress& progress) {
+  impl_->prefill(prompts, count, progress);
 }
 
 void Engine::step(const Tokens& tokens, const Progress& progress) {
   impl_->check_ready("step");
   require(static_cast<int64_t>(tokens.size()) == impl_->active, "step got ", tokens.size(),
           " tokens for ", impl_->active, " sequences; it takes one each");
-  impl_->check_tokens(tokens, "step");
+  for (int32_t token : tokens) require_token(token, impl_->config.vocab_size, "step");
   impl_->check_room(1);
   impl_->aim(impl_->everyone);
   for (const Span& next : impl_->spans) {

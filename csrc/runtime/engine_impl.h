@@ -11,6 +11,7 @@
 #include "range.h"
 #include "state.h"
 #include "tlinformer/engine.h"
+#include "token_ids.h"
 #include "verb_meter.h"
 
 namespace tlinformer {
@@ -101,29 +102,49 @@ struct Engine::Impl {
     ++stats.slides;
   }
 
-  void prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
+  // The ids of all prompts, one after the other, once none of them is found wrong.
+  const int32_t* staged(const TokenIds* prompts, int64_t count) const {
     const CachePlanOptions& options = plan.options();
-    require(!prompts.empty() && static_cast<int64_t>(prompts.size()) <= options.batch_size,
-            "prefill got ", prompts.size(), " prompts; this engine holds 1 to ", options.batch_size,
-            " sequences (batch_size)");
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      const int64_t length = static_cast<int64_t>(prompts[i].size());
+    require(count >= 1 && count <= options.batch_size, "prefill got ", count,
+            " prompts; this engine holds 1 to ", options.batch_size, " sequences (batch_size)");
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t length = prompts[i].count;
       require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
       require(length <= options.max_context, "prompt ", i, " has ", length,
               " tokens; this engine was planned for max_context = ", options.max_context,
               "; create it with a larger one");
-      check_tokens(prompts[i], "prompt ", i);
+      total += length;
     }
+    int32_t* const tokens = backend->staging(total);
+    int32_t* to = tokens;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto take = [&](const auto* ids) {
+        narrow(ids, prompts[i].count, config.vocab_size, to, "prompt ", i);
+      };
+      if (prompts[i].wide) {
+        take(static_cast<const int64_t*>(prompts[i].ids));
+      } else {
+        take(static_cast<const int32_t*>(prompts[i].ids));
+      }
+      to += prompts[i].count;
+    }
+    return tokens;
+  }
+
+  void prefill(const TokenIds* prompts, int64_t count, const Progress& progress) {
+    const Range range("prefill", count);
+    const int32_t* tokens = staged(prompts, count);
     forget();
-    const Range range("prefill", static_cast<int64_t>(prompts.size()));
     Meter meter{&progress};
     std::vector<Span> windows;
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      const int64_t length = static_cast<int64_t>(prompts[i].size());
-      sequences[i].length = length;
-      backend->write_tokens(static_cast<int64_t>(i), 0, prompts[i].data(), length);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t length = prompts[i].count;
+      sequences[static_cast<size_t>(i)].length = length;
+      backend->write_tokens(i, 0, tokens, length);
+      tokens += length;
       const int64_t history = config.history_at(length - 1);
-      windows.push_back(span_of(static_cast<int64_t>(i), history, length - history, history));
+      windows.push_back(span_of(i, history, length - history, history));
       meter.total += slide_cost(windows.back().sequence, history);
       meter.total += cost(config, window, windows.back());
     }
@@ -134,7 +155,7 @@ struct Engine::Impl {
         sequences[static_cast<size_t>(last.sequence)].known_history = last.begin + last.rows;
         stats.prefill_tokens += last.begin + last.rows;
       }
-      activate(prompts.size());
+      activate(static_cast<size_t>(count));
       ++stats.prefills;
       meter.poll(meter.total);
     } catch (...) {
@@ -197,19 +218,6 @@ struct Engine::Impl {
         if (verb.kind != Verb::Kind::attend) continue;
         stats.rows_read += span.begin + 1 - span.history + keys_read(verb, span);
       }
-    }
-  }
-
-  template <class... Where>
-  void check_tokens(const Tokens& tokens, const Where&... where) const {
-    const auto most = static_cast<int32_t>(
-        std::min<int64_t>(config.vocab_size - 1, std::numeric_limits<int32_t>::max()));
-    int32_t outside = 0;  // all are compared, many at once; only then is the first one looked for
-    for (int32_t token : tokens) outside |= int32_t{token < 0} | int32_t{token > most};
-    if (outside == 0) return;
-    for (int32_t token : tokens) {
-      require(token >= 0 && token < config.vocab_size, where..., ": token id ", token,
-              " is outside the vocabulary, 0 to ", config.vocab_size - 1);
     }
   }
 
