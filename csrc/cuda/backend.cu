@@ -156,6 +156,14 @@ class CudaBackend final : public Backend {
     }
   }
 
+  void run_pair(const Stage& compressed, const Span& history, const Stage& window, const Span& own,
+                const Poll&) override {
+    join();
+    const float* last = many_[0]->run_pair(compressed, history, window, own);
+    if (window.verbs.back().kind == Verb::Kind::head) head(own, last);
+    wait_for_an_earlier_piece(stream_);
+  }
+
   const float* logits() const override { return reinterpret_cast<const float*>(base_ + w_.logits); }
 
   void copy_logits(float* to, int64_t sequences) const override {

@@ -52,6 +52,7 @@ using Program = std::vector<Stage>;
 
 // The two programs.
 Stage window_program(const Config& config);
+Program window_blocks(const Config& config);  // the same, a stage a block
 Program slide_program(const Config& config);
 
 // Consecutive rows of one sequence that a stage works on.
@@ -112,6 +113,14 @@ class Backend {
 
   // Runs the stage's verbs over the spans, in order; polls between pieces of long work.
   virtual void run(const Stage& stage, const std::vector<Span>& spans, const Poll& poll) = 0;
+  // Of one block: its compressed history, then the window that follows it. They have layers in
+  // common, and each verb of the window reads what its own layer has compressed, so that a backend
+  // may take all these rows through the layers together.
+  virtual void run_pair(const Stage& compressed, const Span& history, const Stage& window,
+                        const Span& own, const Poll& poll) {
+    run(compressed, {history}, [&poll](double share) { poll(share / 2); });
+    run(window, {own}, [&poll](double share) { poll((1 + share) / 2); });
+  }
 
   // Float32 (batch_size, V), row = sequence, in the memory of the engine's device.
   virtual const float* logits() const = 0;

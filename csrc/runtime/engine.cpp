@@ -38,6 +38,7 @@ Engine::Engine(const Config& config, const Weights& weights, const CachePlan& pl
   impl_->weights = weights;
   impl_->arena = static_cast<char*>(arena.data);
   impl_->window = window_program(config);
+  impl_->blocks = window_blocks(config);
   impl_->slide_stages = slide_program(config);
   impl_->backend = make_backend(config, weights, plan, arena, options);
   const size_t batch = static_cast<size_t>(plan.options().batch_size);

@@ -30,6 +30,7 @@ struct Engine::Impl {
   char* arena = nullptr;
   std::string fingerprint;  // of the weights, once somebody asked
   Stage window;
+  Program blocks;  // of the window
   Program slide_stages;
   std::unique_ptr<Backend> backend;
   std::vector<Sequence> sequences;
@@ -53,7 +54,8 @@ struct Engine::Impl {
     return last;
   }
 
-  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
+  // The cost of a stage, whose verbs it counts.
+  double count(const Stage& stage, const std::vector<Span>& over) {
     double whole = 0;
     for (const Span& span : over) whole += cost(config, stage, span);
     if (verbs.on) {
@@ -62,7 +64,20 @@ struct Engine::Impl {
         verbs.count(name_of(verb), work_of(config, dtype, verb, over.data(), over.size()));
       }
     }
+    return whole;
+  }
+
+  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
+    const double whole = count(stage, over);
     backend->run(stage, over, [&meter, whole](double share) { meter.poll(share * whole); });
+    meter.done += whole;
+  }
+
+  void run_pair(const Stage& compressed, const Span& history, const Stage& block, const Span& own,
+                Meter& meter) {
+    const double whole = count(compressed, {history}) + count(block, {own});
+    backend->run_pair(compressed, history, block, own,
+                      [&meter, whole](double share) { meter.poll(share * whole); });
     meter.done += whole;
   }
 
@@ -85,12 +100,19 @@ struct Engine::Impl {
     return sum;
   }
 
-  void slide(int64_t index, int64_t history, Meter& meter) {
+  // With a window, its rows go through each block as soon as the block's history is compressed.
+  void slide(int64_t index, int64_t history, Meter& meter, const Span* own = nullptr) {
     const Range range("slide", history);
     Sequence& sequence = sequences[static_cast<size_t>(index)];
     sequence.slid_history = kStale;  // until done: an interruption then costs only time
+    size_t block = 0;
     for (size_t i = 0; i < slide_stages.size(); ++i) {
       const Span all = slide_span(i, index, history);
+      if (own && slide_stages[i].scope == Scope::compressed) {
+        run_pair(slide_stages[i], all, blocks[block++], *own, meter);
+        meter.poll();
+        continue;
+      }
       for (const Span& piece : pieces_of(slide_stages[i], all, plan.piece_rows())) {
         const Range range("piece", piece.begin);
         run(slide_stages[i], {piece}, meter);
@@ -150,8 +172,9 @@ struct Engine::Impl {
     }
     try {
       for (const Span& last : windows) {
-        if (last.history > 0) slide(last.sequence, last.history, meter);
-        run(window, {last}, meter);
+        const bool together = last.history > 0 && last.rows > 1;  // one row is like a step's
+        if (last.history > 0) slide(last.sequence, last.history, meter, together ? &last : nullptr);
+        if (!together) run(window, {last}, meter);
         sequences[static_cast<size_t>(last.sequence)].known_history = last.begin + last.rows;
         stats.prefill_tokens += last.begin + last.rows;
       }
