@@ -9,6 +9,7 @@
 #include "many_rows.h"
 #include "model.h"
 #include "step/step.h"
+#include "token_ids.h"
 #include "workspace.h"
 
 namespace tlinformer {
@@ -115,20 +116,7 @@ class CudaBackend final : public Backend {
     release();
   }
 
-  // Pinned: of other memory a copy has the host wait, and is slower.
-  int32_t* staging(int64_t count) override {
-    check(cudaEventSynchronize(staged_), "copy of token ids");
-    if (count > staging_count_) {
-      cudaFreeHost(staging_);
-      staging_ = nullptr;
-      staging_count_ = 0;
-      check(cudaHostAlloc(&staging_, static_cast<size_t>(count) * sizeof(int32_t),
-                          cudaHostAllocDefault),
-            "pinned memory for the prompts");
-      staging_count_ = count;
-    }
-    return staging_;
-  }
+  int32_t* staging(int64_t count) override { return staged_.room(count); }
 
   void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                     int64_t count) override {
@@ -137,9 +125,15 @@ class CudaBackend final : public Backend {
                           static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyHostToDevice,
                           stream_),
           "copy of token ids");
-    if (tokens >= staging_ && tokens < staging_ + staging_count_) {
-      check(cudaEventRecord(staged_, stream_), "cudaEventRecord");
-    }
+    if (staged_.holds(tokens)) staged_.sent(stream_);
+  }
+  bool in_vocabulary(const TokenIds& ids) override {
+    join();
+    return staged_.in_vocabulary(ids, m_.c.vocab_size, stream_);
+  }
+  void narrow_tokens(int64_t sequence, const TokenIds& ids) override {
+    join();
+    narrow_ids(ids, tokens_of(sequence), stream_);
   }
 
   void run(const Stage& stage, const std::vector<Span>& spans, const Poll&) override {
@@ -397,7 +391,6 @@ class CudaBackend final : public Backend {
     }
     if (side_) cudaStreamDestroy(side_);
     cudaFreeHost(ring_);
-    cudaFreeHost(staging_);
   }
 
   const Model m_;
@@ -408,9 +401,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<ManyRows> many_[2];  // on stream_ and on side_
   std::unique_ptr<Step> step_;
   std::unique_ptr<Graph> push_, one_, several_;  // one_, several_: tokens, drawn first
-  cudaEvent_t events_[kEvents + 2] = {};
-  cudaEvent_t& meeting_ = events_[kEvents];     // of the two streams
-  cudaEvent_t& staged_ = events_[kEvents + 1];  // of the copies out of staging_
+  cudaEvent_t events_[kEvents + 1] = {};
+  cudaEvent_t& meeting_ = events_[kEvents];  // of the two streams
   cudaStream_t side_ = nullptr;
   bool forked_ = false;  // the two streams go their own ways
   uint64_t piece_ = 0;
@@ -418,8 +410,7 @@ class CudaBackend final : public Backend {
   std::vector<SequenceState> device_;  // what the device's states are once all is done
   std::vector<uint8_t> stops_;
   int32_t* ring_ = nullptr;
-  int32_t* staging_ = nullptr;
-  int64_t staging_count_ = 0;
+  StagedIds staged_;                  // of prompts
   int64_t expected_ = 0;              // pushes still to come that are enqueued with their draws
   int64_t to_launch_ = 0;             // of the expected draws
   int64_t launched_ = 0, taken_ = 0;  // draws

@@ -53,16 +53,16 @@ class PyEngine {
                 {reinterpret_cast<void*>(arena), arena_bytes},
                 {num_threads, reinterpret_cast<void*>(stream)}) {}
 
-  // Prompts come as (address, count, whether int64).
-  using Ids = std::vector<std::tuple<uintptr_t, int64_t, bool>>;
+  // Prompts come as (address, count, whether int64, whether on the engine's device).
+  using Ids = std::vector<std::tuple<uintptr_t, int64_t, bool, bool>>;
 
   void prefill(const Ids& prompts, py::object progress) {
     const auto report = callback<double>(std::move(progress));
     const auto lock = own();
     py::gil_scoped_release release;
     std::vector<TokenIds> ids;
-    for (const auto& [at, count, wide] : prompts) {
-      ids.push_back({reinterpret_cast<const void*>(at), count, wide});
+    for (const auto& [at, count, wide, on_device] : prompts) {
+      ids.push_back({reinterpret_cast<const void*>(at), count, wide, on_device});
     }
     engine_.prefill(ids.data(), static_cast<int64_t>(ids.size()), report);
   }

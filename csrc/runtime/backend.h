@@ -110,6 +110,9 @@ class Backend {
     staging_.resize(static_cast<size_t>(count));  // kept: new memory costs a first touch
     return staging_.data();
   }
+  // The same for a prompt whose ids lie in the memory of the device, if that is not the host's.
+  virtual bool in_vocabulary(const TokenIds& /*ids*/) { return false; }
+  virtual void narrow_tokens(int64_t /*sequence*/, const TokenIds& /*ids*/) {}
 
   // Runs the stage's verbs over the spans, in order; polls between pieces of long work.
   virtual void run(const Stage& stage, const std::vector<Span>& spans, const Poll& poll) = 0;

@@ -124,31 +124,54 @@ struct Engine::Impl {
     ++stats.slides;
   }
 
-  // The ids of all prompts, one after the other, once none of them is found wrong.
-  const int32_t* staged(const TokenIds* prompts, int64_t count) const {
+  bool far(const TokenIds& prompt) const {  // the host cannot read them
+    return prompt.on_device && plan.options().device != Device::cpu;
+  }
+
+  void check_lengths(const TokenIds* prompts, int64_t count) const {
     const CachePlanOptions& options = plan.options();
     require(count >= 1 && count <= options.batch_size, "prefill got ", count,
             " prompts; this engine holds 1 to ", options.batch_size, " sequences (batch_size)");
-    int64_t total = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t length = prompts[i].count;
       require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
       require(length <= options.max_context, "prompt ", i, " has ", length,
               " tokens; this engine was planned for max_context = ", options.max_context,
               "; create it with a larger one");
-      total += length;
     }
-    int32_t* const tokens = backend->staging(total);
+  }
+
+  void narrow_prompt(const TokenIds& prompt, int64_t index, int32_t* to) const {
+    const auto take = [&](const auto* ids) {
+      narrow(ids, prompt.count, config.vocab_size, to, "prompt ", index);
+    };
+    if (prompt.wide) {
+      take(static_cast<const int64_t*>(prompt.ids));
+    } else {
+      take(static_cast<const int32_t*>(prompt.ids));
+    }
+  }
+
+  // The ids that the host can read, one prompt after the other, once none at all is found wrong.
+  const int32_t* staged(const TokenIds* prompts, int64_t count) const {
+    check_lengths(prompts, count);
+    int64_t near = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const TokenIds& prompt = prompts[i];
+      if (!far(prompt)) {
+        near += prompt.count;
+      } else if (!backend->in_vocabulary(prompt)) {  // the host says which
+        std::vector<char> copy(static_cast<size_t>(prompt.count * (prompt.wide ? 8 : 4)));
+        backend->read(prompt.ids, static_cast<int64_t>(copy.size()), copy.data());
+        Tokens narrowed(static_cast<size_t>(prompt.count));
+        narrow_prompt({copy.data(), prompt.count, prompt.wide, false}, i, narrowed.data());
+      }
+    }
+    int32_t* const tokens = backend->staging(near);
     int32_t* to = tokens;
     for (int64_t i = 0; i < count; ++i) {
-      const auto take = [&](const auto* ids) {
-        narrow(ids, prompts[i].count, config.vocab_size, to, "prompt ", i);
-      };
-      if (prompts[i].wide) {
-        take(static_cast<const int64_t*>(prompts[i].ids));
-      } else {
-        take(static_cast<const int32_t*>(prompts[i].ids));
-      }
+      if (far(prompts[i])) continue;
+      narrow_prompt(prompts[i], i, to);
       to += prompts[i].count;
     }
     return tokens;
@@ -163,8 +186,12 @@ struct Engine::Impl {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t length = prompts[i].count;
       sequences[static_cast<size_t>(i)].length = length;
-      backend->write_tokens(i, 0, tokens, length);
-      tokens += length;
+      if (far(prompts[i])) {
+        backend->narrow_tokens(i, prompts[i]);
+      } else {
+        backend->write_tokens(i, 0, tokens, length);
+        tokens += length;
+      }
       const int64_t history = config.history_at(length - 1);
       windows.push_back(span_of(i, history, length - history, history));
       meter.total += slide_cost(windows.back().sequence, history);

@@ -45,11 +45,13 @@ struct VerbStats {
 };
 
 using Tokens = std::vector<int32_t>;
-// Where the caller has the token ids of a prompt, of 32 or 64 bits each; they are only read.
+// Where the caller has the token ids of a prompt, of 32 or 64 bits each; they are only read: on the
+// host before the call returns, on the engine's device in the order of its stream.
 struct TokenIds {
   const void* ids = nullptr;
   int64_t count = 0;
-  bool wide = false;  // int64, else int32
+  bool wide = false;       // int64, else int32
+  bool on_device = false;  // in the memory of the engine's device
 };
 // Called between pieces of long work with the share done, in [0, 1]; return false to interrupt.
 using Progress = std::function<bool(double)>;
