@@ -196,9 +196,9 @@ class Engine:
         return both
 
     def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
-        """The sequences of a batch as contiguous tensors (L) of int32 or int64, their range unchecked.
+        """The sequences of a batch as contiguous int32 or int64 tensors (L), their range unchecked.
 
-        They lie on the CPU or, if they are there already, on the engine's device.
+        They lie on the CPU or, if they were there already, on the engine's device.
         """
         rows: list[Any]
         if isinstance(token_ids, torch.Tensor):
