@@ -174,25 +174,29 @@ void ManyRows::project(Parts parts) {
     if (part.verb.queries) first = 0;
     if (part.verb.keys_values) end = line_columns();
   }
-  const bool looked_up = w_.tabled && tokens_ != nullptr;
-  if (!looked_up) product_of_x(parts.begin()->verb, first, end - first);
+  const Part &whole = *parts.begin(), &last = *(parts.end() - 1);
   RotateRows r;
+  if (w_.tabled && tokens_ != nullptr) {
+    r.lines = base_ + w_.table + first * m_.element();
+    r.line_stride = line_columns();
+    r.tokens = tokens_;
+  } else {
+    product_of_x(whole.verb, first, end - first);
+    r.lines = base_ + lane_.wide;
+    r.line_stride = end - first;
+  }
   r.dtype = m_.dtype;
+  r.rows = rows_;
+  r.begin = whole.span.begin;
   r.query_heads = m_.heads();
   r.kv_heads = m_.kv_heads();
   r.head_dim = m_.head_dim();
   r.rope = m_.rope;
-  r.line_stride = looked_up ? line_columns() : end - first;
-  for (const Part& part : parts) {
-    const int64_t column = (part.verb.queries ? 0 : dq) - (looked_up ? 0 : first);
-    if (looked_up) {
-      r.lines = base_ + w_.table + column * m_.element();
-      r.tokens = tokens_ + part.first;
-    } else {
-      r.lines = base_ + lane_.wide + (part.first * r.line_stride + column) * m_.element();
-    }
-    rotate(r, part);
-  }
+  if (first == 0) r.query = base_ + lane_.query;
+  static_cast<CachePlace&>(r) = place(last);
+  r.apart = last.first;
+  if (r.apart > 0) r.own = place(whole);
+  rotate_rows(r, how_);
 }
 
 // Makes a projection's lines: so many columns of it, from the first on.
@@ -207,23 +211,17 @@ void ManyRows::product_of_x(const Verb& verb, int64_t first, int64_t columns) {
                  inputs, base_ + lane_.wide, columns, how_);
 }
 
-// Lines that begin with what the part wants, to where it wants it.
-void ManyRows::rotate(RotateRows r, const Part& part) {
+// Where a projection's keys and values go.
+CachePlace ManyRows::place(const Part& part) const {
   const auto& [verb, span, row] = part;
-  r.rows = span.rows;
-  r.begin = span.begin;
-  if (verb.queries) r.query = base_ + lane_.query + row * m_.c.query_dim() * m_.element();
-  if (verb.keys_values) {
-    const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
-    const KeyGroup group = keys(*verb.keys_values, verb, span);
-    // Row 0 of the head, whatever the first row that attention reads.
-    const int64_t skipped = slots.first * m_.c.head_dim() * m_.element();
-    r.keys = static_cast<char*>(group.keys.data) - skipped;
-    r.values = static_cast<char*>(group.values.data) - skipped;
-    r.head_stride = group.keys.head_stride;
-    r.slot = span.begin - slots.base;
-  }
-  rotate_rows(r, how_);
+  if (!verb.keys_values) return {};
+  const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
+  const KeyGroup group = keys(*verb.keys_values, verb, span);
+  // Row 0 of the head, whatever the first row that attention reads.
+  const int64_t skipped = slots.first * m_.c.head_dim() * m_.element();
+  return {static_cast<char*>(group.keys.data) - skipped,
+          static_cast<char*>(group.values.data) - skipped, group.keys.head_stride,
+          span.begin - slots.base};
 }
 
 KeyGroup ManyRows::keys(Cache cache, const Verb& verb, const Span& span) const {

@@ -37,7 +37,7 @@ class ManyRows {
   void norm(const Norm* norm);
   void project(Parts parts);
   void product_of_x(const Verb& verb, int64_t first, int64_t columns);
-  void rotate(RotateRows to, const Part& part);
+  CachePlace place(const Part& part) const;
   void attend(const Part& part);
   void finish(const Verb& verb);
   void gate(const LayerWeights& layer);
