@@ -108,14 +108,13 @@ struct Engine::Impl {
     size_t block = 0;
     for (size_t i = 0; i < slide_stages.size(); ++i) {
       const Span all = slide_span(i, index, history);
-      if (own && slide_stages[i].scope == Scope::compressed) {
-        run_pair(slide_stages[i], all, blocks[block++], *own, meter);
-        meter.poll();
-        continue;
-      }
       for (const Span& piece : pieces_of(slide_stages[i], all, plan.piece_rows())) {
         const Range range("piece", piece.begin);
-        run(slide_stages[i], {piece}, meter);
+        if (own && slide_stages[i].scope == Scope::compressed) {
+          run_pair(slide_stages[i], piece, blocks[block++], *own, meter);
+        } else {
+          run(slide_stages[i], {piece}, meter);
+        }
         meter.poll();
       }
     }
