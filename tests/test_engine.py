@@ -417,6 +417,35 @@ def test_available_memory_counts_what_the_kernel_gives_back(
     assert available_memory() == 1  # 0 would mean unlimited
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_prompts_of_32_and_64_bits_on_any_device(place: Place, dtype: torch.dtype) -> None:
+    model = place.model()
+    vocab, length = model.config.vocab_size, 23
+    engine = engine_of(model, length + 1, batch_size=2)
+    ids = make_ids(model.config, 2, length)
+    ids[0, 0], ids[0, -1] = 0, vocab - 1
+    want = engine.prefill(ids)
+    there = ids.to(place.device, dtype)
+    rows = [there[0], ids[1].to(dtype)]  # one of them may be on the device
+    for prompts in (ids.to(dtype), there, rows):
+        engine.reset()
+        got = engine.prefill(prompts)
+        assert torch.equal(torch.stack(got) if isinstance(got, list) else got, want)
+
+    wrong = [-1, vocab, torch.iinfo(dtype).min, torch.iinfo(dtype).max]
+    wrong += [2**32] if dtype == torch.int64 else []
+    drawn = engine.generate(1)[0]
+    for at, device in enumerate(("cpu", place.device) * len(wrong)):
+        bad = ids.to(device, dtype).clone()
+        bad[1, at] = wrong[at // 2]
+        with pytest.raises(ValueError, match=f"prompt 1: token id {wrong[at // 2]} is outside"):
+            engine.prefill(bad)
+    fresh = engine_of(model, length + 1, batch_size=2)  # what was cached is as it was
+    fresh.prefill(ids)
+    assert torch.equal(fresh.generate(1)[0], drawn)
+    assert engine.stats.window_fill == fresh.stats.window_fill
+
+
 def test_model_and_engine_errors(place: Place) -> None:
     model = place.model()
     engine = engine_of(model, 20)

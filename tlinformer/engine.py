@@ -196,7 +196,10 @@ class Engine:
         return both
 
     def _ids(self, token_ids: TokenBatch | int, call: str) -> list[torch.Tensor]:
-        """The sequences of a batch as contiguous int64 CPU tensors (L), their range unchecked."""
+        """The sequences of a batch as contiguous int32 or int64 tensors (L), their range unchecked.
+
+        They lie on the CPU or, if they were there already, on the engine's device.
+        """
         rows: list[Any]
         if isinstance(token_ids, torch.Tensor):
             if token_ids.ndim not in (1, 2):
@@ -216,7 +219,13 @@ class Engine:
                     f"{call} takes integer token ids, 1-D for each sequence; got {row.dtype} of "
                     f"shape {tuple(row.shape)}"
                 )
-        return [row.to("cpu", torch.int64).contiguous() for row in rows]
+        return [
+            row.to(
+                self.device if row.device == self.device else "cpu",
+                torch.int32 if row.dtype == torch.int32 else torch.int64,
+            ).contiguous()
+            for row in rows
+        ]
 
     def _logits(self, as_list: bool) -> Any:
         shape = (self._compiled.sequences, self.config.vocab_size)
@@ -247,8 +256,17 @@ class Engine:
             KeyboardInterrupt: on Ctrl-C; the engine is empty then, and usable.
         """
         ids = self._ids(input_ids, "prefill")
+        there = [row for row in ids if row.device == self.device]
+        if self._stream and there:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            for row in there:
+                row.record_stream(self._stream)
+        prompts = [
+            (row.data_ptr(), row.numel(), row.dtype == torch.int64, row.device == self.device)
+            for row in ids
+        ]
         with self._on_stream("prefill"):
-            self._compiled.prefill([(row.data_ptr(), row.numel()) for row in ids], progress)
+            self._compiled.prefill(prompts, progress)
         self._as_list = not isinstance(input_ids, torch.Tensor)
         return self._logits(self._as_list)
 

@@ -25,7 +25,7 @@ KERNELS = (
     (r"tlin_(decode|history|window|prefill|resident)_", "attend"),
     (r"tlin_head_", "head"),
     (r"tlin_(sample|feed)_|tlin_mark_seen|tlin_set_history", "draw"),
-    (r"tlin_(norm|rotate|silu)_rows|tlin_widen", "rows"),
+    (r"tlin_(norm|rotate|silu)_rows|tlin_widen|tlin_(check|narrow)_ids", "rows"),
     (r"nvjet|gemm|cutlass|cublas|xmma", "products"),
     (r"tlin_measure_speed", "other"),  # when an engine is made
 )

@@ -210,13 +210,13 @@ tlin_status tlin_engine_prefill(tlin_engine* engine, const int32_t* const* token
     const int64_t most = own.plan().options().batch_size;
     require(count >= 1 && count <= most, "count is ", count, "; this engine takes 1 to ", most,
             " prompts (batch_size)");
-    std::vector<Tokens> prompts;
+    std::vector<TokenIds> prompts;
     for (int64_t i = 0; i < count; ++i) {
       require(lengths[i] >= 0, "lengths[", i, "] is ", lengths[i]);
       if (lengths[i] > 0) given(tokens[i], "a prompt");
-      prompts.emplace_back(tokens[i], tokens[i] + lengths[i]);
+      prompts.push_back({tokens[i], lengths[i]});
     }
-    own.prefill(prompts, progress_of(progress, user));
+    own.prefill(prompts.data(), count, progress_of(progress, user));
   });
 }
 

@@ -9,16 +9,18 @@
 #include "many_rows.h"
 #include "model.h"
 #include "step/step.h"
+#include "token_ids.h"
 #include "workspace.h"
 
 namespace tlinformer {
 namespace cuda {
 namespace {
 
-constexpr int64_t kRing = 64;     // draws whose tokens the host may be late to fetch
-constexpr int64_t kAhead = 16;    // tokens that the device may be ahead of the host
-constexpr int64_t kTogether = 4;  // tokens that are launched at once, if as many are expected
-constexpr int64_t kEvents = 4;    // pieces of a slide that may be under way
+constexpr int64_t kRing = 64;         // draws whose tokens the host may be late to fetch
+constexpr int64_t kAhead = 16;        // tokens that the device may be ahead of the host
+constexpr int64_t kTogether = 4;      // tokens that are launched at once, if as many are expected
+constexpr int64_t kEvents = 4;        // pieces of a slide that may be under way
+constexpr int64_t kStaged = 1 << 20;  // ids of prompts that there is pinned memory for at first
 
 __global__ void tlin_set_history(SequenceState* state, int64_t history, int32_t compressed) {
   state->history = history;
@@ -88,6 +90,7 @@ class CudaBackend final : public Backend {
         check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
       }
       check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreate");
+      staging(std::min(kStaged, plan.options().max_context));
       many_[0] = std::make_unique<ManyRows>(m_, w_, 0, base_, stream_);
       fork();
       many_[1] = std::make_unique<ManyRows>(m_, w_, 1, base_, side_);
@@ -113,6 +116,8 @@ class CudaBackend final : public Backend {
     release();
   }
 
+  int32_t* staging(int64_t count) override { return staged_.room(count); }
+
   void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                     int64_t count) override {
     join();
@@ -120,6 +125,15 @@ class CudaBackend final : public Backend {
                           static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyHostToDevice,
                           stream_),
           "copy of token ids");
+    if (staged_.holds(tokens)) staged_.sent(stream_);
+  }
+  bool in_vocabulary(const TokenIds& ids) override {
+    join();
+    return staged_.in_vocabulary(ids, m_.c.vocab_size, stream_);
+  }
+  void narrow_tokens(int64_t sequence, const TokenIds& ids) override {
+    join();
+    narrow_ids(ids, tokens_of(sequence), stream_);
   }
 
   void run(const Stage& stage, const std::vector<Span>& spans, const Poll&) override {
@@ -134,6 +148,14 @@ class CudaBackend final : public Backend {
       if (stage.verbs.back().kind == Verb::Kind::head) head(span, last);
       wait_for_an_earlier_piece(stream_);
     }
+  }
+
+  void run_pair(const Stage& compressed, const Span& history, const Stage& window, const Span& own,
+                const Poll&) override {
+    join();
+    const float* last = many_[0]->run_pair(compressed, history, window, own);
+    if (window.verbs.back().kind == Verb::Kind::head) head(own, last);
+    wait_for_an_earlier_piece(stream_);
   }
 
   const float* logits() const override { return reinterpret_cast<const float*>(base_ + w_.logits); }
@@ -388,6 +410,7 @@ class CudaBackend final : public Backend {
   std::vector<SequenceState> device_;  // what the device's states are once all is done
   std::vector<uint8_t> stops_;
   int32_t* ring_ = nullptr;
+  StagedIds staged_;                  // of prompts
   int64_t expected_ = 0;              // pushes still to come that are enqueued with their draws
   int64_t to_launch_ = 0;             // of the expected draws
   int64_t launched_ = 0, taken_ = 0;  // draws

@@ -3,7 +3,6 @@
 #include "../runtime/range.h"
 #include "dense/gated.h"
 #include "many_rows.h"
-#include "rows/rows.h"
 
 namespace tlinformer::cuda {
 namespace {
@@ -81,48 +80,76 @@ void ManyRows::prepare() {
   }
 }
 
+void ManyRows::take(float* x, int64_t rows, int64_t first) {
+  x_ = x;
+  rows_ = rows;
+  padded_ = padded_rows(rows);
+  first_ = first;
+}
+
 const float* ManyRows::run(const Stage& stage, const Span& span) {
-  rows_ = span.rows;
-  padded_ = padded_rows(rows_);
+  const int64_t d = m_.c.hidden_size;
+  float* const tail = reinterpret_cast<float*>(base_ + w_.tail);
+  take(stage.scope == Scope::window       ? tail + span.compressed * d
+       : stage.scope == Scope::compressed ? tail
+                                          : reinterpret_cast<float*>(base_ + lane_.history),
+       span.rows, 0);
   tokens_ = nullptr;
-  x_ = reinterpret_cast<float*>(base_ + (stage.scope == Scope::window       ? w_.window
-                                         : stage.scope == Scope::compressed ? w_.compressed
-                                                                            : lane_.history));
-  // Only models of three blocks or more store the history's stream between two of them.
-  const Region* region = m_.plan.find("stream");
-  float* const stream =
-      region ? reinterpret_cast<float*>(m_.arena + region->offset) + span.begin * m_.c.hidden_size
-             : nullptr;
-  for (const Verb& verb : stage.verbs) {
-    const Range range(name_of(verb), verb.block * m_.c.block_depth + verb.layer);
-    switch (verb.kind) {
-      case Verb::Kind::embed:
-        tokens_ = reinterpret_cast<const int32_t*>(base_ + w_.tokens) +
-                  span.sequence * m_.plan.options().max_context + span.begin;
-        break;
-      case Verb::Kind::load:
-        copy(x_, stream);
-        break;
-      case Verb::Kind::store:
-        copy(stream, x_);
-        break;
-      case Verb::Kind::keep:
-        keep(span);
-        break;
-      case Verb::Kind::project:
-        project(verb, span);
-        break;
-      case Verb::Kind::attend:
-        attend(verb, span);
-        break;
-      case Verb::Kind::finish:
-        finish(verb);
-        break;
-      case Verb::Kind::head:
-        break;
+  for (const Verb& verb : stage.verbs) run({{verb, span, 0}});
+  return x_ + (rows_ - 1) * d;
+}
+
+const float* ManyRows::run_pair(const Stage& compressed, const Span& history, const Stage& window,
+                                const Span& own) {
+  const int64_t d = m_.c.hidden_size;
+  float* const tail = reinterpret_cast<float*>(base_ + w_.tail);
+  take(tail, history.rows + own.rows, 0);
+  tokens_ = nullptr;
+  auto other = compressed.verbs.begin();
+  for (const Verb& verb : window.verbs) {
+    if (other != compressed.verbs.end()) {
+      run({{*other++, history, 0}, {verb, own, history.rows}});
+    } else {  // the last layer compresses keys and values alone
+      if (x_ == tail) take(tail + history.rows * d, own.rows, history.rows);
+      run({{verb, own, 0}});
     }
   }
-  return x_ + (rows_ - 1) * m_.c.hidden_size;
+  return x_ + (rows_ - 1) * d;
+}
+
+void ManyRows::run(Parts parts) {
+  const auto& [verb, span, row] = *parts.begin();
+  const Range range(name_of(verb), verb.block * m_.c.block_depth + verb.layer);
+  // Only models of three blocks or more store the history's stream between two of them.
+  const auto stream = [&, at = span.begin * m_.c.hidden_size] {
+    return reinterpret_cast<float*>(m_.arena + m_.plan.find("stream")->offset) + at;
+  };
+  switch (verb.kind) {
+    case Verb::Kind::embed:
+      tokens_ = reinterpret_cast<const int32_t*>(base_ + w_.tokens) +
+                span.sequence * m_.plan.options().max_context + span.begin;
+      break;
+    case Verb::Kind::load:
+      copy(x_, stream());
+      break;
+    case Verb::Kind::store:
+      copy(stream(), x_);
+      break;
+    case Verb::Kind::keep:
+      keep(span);
+      break;
+    case Verb::Kind::project:
+      project(parts);
+      break;
+    case Verb::Kind::attend:
+      for (const Part& part : parts) attend(part);
+      break;
+    case Verb::Kind::finish:
+      finish(verb);
+      break;
+    case Verb::Kind::head:
+      break;
+  }
 }
 
 // x <- the embedded tokens, if it does not hold its rows yet; with a norm, normed <- norm(x).
@@ -140,50 +167,61 @@ void ManyRows::norm(const Norm* norm) {
   tokens_ = nullptr;
 }
 
-void ManyRows::project(const Verb& verb, const Span& span) {
-  const int64_t first = verb.queries ? 0 : m_.c.query_dim();  // column
+void ManyRows::project(Parts parts) {
+  const int64_t dq = m_.c.query_dim();
+  int64_t first = dq, end = dq;  // columns that any part wants
+  for (const Part& part : parts) {
+    if (part.verb.queries) first = 0;
+    if (part.verb.keys_values) end = line_columns();
+  }
+  const Part &whole = *parts.begin(), &last = *(parts.end() - 1);
   RotateRows r;
   if (w_.tabled && tokens_ != nullptr) {
     r.lines = base_ + w_.table + first * m_.element();
     r.line_stride = line_columns();
     r.tokens = tokens_;
   } else {
+    product_of_x(whole.verb, first, end - first);
     r.lines = base_ + lane_.wide;
-    r.line_stride = product_of_x(verb, first);
+    r.line_stride = end - first;
   }
   r.dtype = m_.dtype;
   r.rows = rows_;
-  r.begin = span.begin;
+  r.begin = whole.span.begin;
   r.query_heads = m_.heads();
   r.kv_heads = m_.kv_heads();
   r.head_dim = m_.head_dim();
   r.rope = m_.rope;
-  if (verb.queries) r.query = base_ + lane_.query;
-  if (verb.keys_values) {
-    const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
-    const KeyGroup group = keys(*verb.keys_values, verb, span);
-    // Row 0 of the head, whatever the first row that attention reads.
-    const int64_t skipped = slots.first * m_.c.head_dim() * m_.element();
-    r.keys = static_cast<char*>(group.keys.data) - skipped;
-    r.values = static_cast<char*>(group.values.data) - skipped;
-    r.head_stride = group.keys.head_stride;
-    r.slot = span.begin - slots.base;
-  }
+  if (first == 0) r.query = base_ + lane_.query;
+  static_cast<CachePlace&>(r) = place(last);
+  r.apart = last.first;
+  if (r.apart > 0) r.own = place(whole);
   rotate_rows(r, how_);
 }
 
-// Makes a projection's lines from its column `first` on; returns how many columns they have.
-int64_t ManyRows::product_of_x(const Verb& verb, int64_t first) {
+// Makes a projection's lines: so many columns of it, from the first on.
+void ManyRows::product_of_x(const Verb& verb, int64_t first, int64_t columns) {
   const LayerWeights& layer = m_.layer(verb);
   const Norm attention_norm = m_.norm(layer.attn_norm_weight, layer.attn_norm_bias);
   norm(&attention_norm);
   const int64_t inputs = m_.c.hidden_size;
-  const int64_t columns = (verb.keys_values ? line_columns() : m_.c.query_dim()) - first;
   dense_.product(base_ + lane_.normed, padded_,
                  static_cast<const char*>(layer.qkv_proj_weight) + first * inputs * m_.element(),
                  static_cast<const char*>(layer.qkv_proj_bias) + first * m_.element(), columns,
                  inputs, base_ + lane_.wide, columns, how_);
-  return columns;
+}
+
+// Where a projection's keys and values go.
+CachePlace ManyRows::place(const Part& part) const {
+  const auto& [verb, span, row] = part;
+  if (!verb.keys_values) return {};
+  const Slots slots = slots_of(m_.plan, *verb.keys_values, verb.block, verb.layer, span);
+  const KeyGroup group = keys(*verb.keys_values, verb, span);
+  // Row 0 of the head, whatever the first row that attention reads.
+  const int64_t skipped = slots.first * m_.c.head_dim() * m_.element();
+  return {static_cast<char*>(group.keys.data) - skipped,
+          static_cast<char*>(group.values.data) - skipped, group.keys.head_stride,
+          span.begin - slots.base};
 }
 
 KeyGroup ManyRows::keys(Cache cache, const Verb& verb, const Span& span) const {
@@ -204,16 +242,20 @@ KeyGroup ManyRows::keys(Cache cache, const Verb& verb, const Span& span) const {
   return group;
 }
 
-void ManyRows::attend(const Verb& verb, const Span& span) {
+void ManyRows::attend(const Part& part) {
+  const auto& [verb, span, row] = part;
+  const int64_t row_bytes = m_.c.query_dim() * m_.element();
   PrefillAttention a;
   a.dtype = m_.dtype;
-  a.rows = rows_;
+  a.rows = span.rows;
   a.query_heads = m_.heads();
   a.kv_heads = m_.kv_heads();
   a.head_dim = m_.head_dim();
   a.scale = 1 / std::sqrt(static_cast<float>(m_.head_dim()));
-  a.query = activation(base_ + lane_.query, m_.c.num_attention_heads, m_.c.head_dim());
-  a.output = activation(base_ + lane_.output, m_.c.num_attention_heads, m_.c.head_dim());
+  a.query = activation(base_ + lane_.query + (first_ + row) * row_bytes, m_.c.num_attention_heads,
+                       m_.c.head_dim());
+  a.output =
+      activation(base_ + lane_.output + row * row_bytes, m_.c.num_attention_heads, m_.c.head_dim());
   int groups = 0;
   if (verb.causal) a.groups[groups++] = keys(Cache::window, verb, span);
   if (verb.context && keys_read(verb, span) > 0) {
@@ -288,10 +330,9 @@ void ManyRows::keep(const Span& span) {
   const int64_t skip = std::max<int64_t>(0, first - span.begin);
   if (skip >= span.rows) return;
   const int64_t d = m_.c.hidden_size;
-  check(cudaMemcpyAsync(
-            reinterpret_cast<float*>(base_ + w_.compressed) + (span.begin + skip - first) * d,
-            x_ + skip * d, static_cast<size_t>((span.rows - skip) * d) * 4,
-            cudaMemcpyDeviceToDevice, how_.stream),
+  check(cudaMemcpyAsync(reinterpret_cast<float*>(base_ + w_.tail) + (span.begin + skip - first) * d,
+                        x_ + skip * d, static_cast<size_t>((span.rows - skip) * d) * 4,
+                        cudaMemcpyDeviceToDevice, how_.stream),
         "copy of the compressed rows");
 }
 

@@ -71,11 +71,10 @@ struct Workspace {
   int64_t tokens = 0;      // int32 (B, max_context)
 
   // Of many rows of one sequence.
-  int64_t window = 0;      // x of the window, float32 (Wog, D)
-  int64_t compressed = 0;  // x of the compressed history, float32 (Woh, D)
-  int64_t biases = 0;      // out_proj biases in float32, (layers, D)
-  bool tabled = false;     // keeps_table()
-  int64_t table = 0;  // block 0's first q, k, v of each token, not rotated, (V, (Hq + 2 Hkv) d)
+  int64_t tail = 0;     // x of the compressed history, then of the window: float32 (rows, D)
+  int64_t biases = 0;   // out_proj biases in float32, (layers, D)
+  bool tabled = false;  // keeps_table()
+  int64_t table = 0;    // block 0's first q, k, v of each token, not rotated, (V, (Hq + 2 Hkv) d)
   struct Lane {
     int64_t rows = 0;        // R: most rows at once, padded like all of these
     int64_t history = 0;     // x of a piece of the history, float32 (piece, D)
@@ -126,14 +125,13 @@ struct Workspace {
     w.sample = take(sample_scratch(static_cast<int>(batch), static_cast<int>(v)));
     w.step_bytes = w.bytes;
     w.tokens = take(batch * options.max_context * 4);
-    w.window = take(padded_rows(wog) * d * 4);
-    w.compressed = take(padded_rows(woh) * d * 4);
+    w.tail = take((woh + padded_rows(woh + wog)) * d * 4);
     w.biases = take(c.num_layers() * d * 4);
     w.tabled = keeps_table(c, options);
     w.table = take(w.tabled ? v * line * element : 0);
     w.attention_bytes = prefill_attention_scratch(1, std::max(woh, wog), heads, head_dim);
     for (Lane& lane : w.lanes) {
-      lane.rows = padded_rows(&lane == w.lanes ? std::max({piece, woh, wog}) : piece);
+      lane.rows = padded_rows(&lane == w.lanes ? std::max(piece, woh + wog) : piece);
       lane.history = take(padded_rows(piece) * d * 4);
       lane.normed = take(lane.rows * d * element);
       lane.gated_rows = std::max(std::min<int64_t>(lane.rows, 512), lane.rows / 1024 * 512);

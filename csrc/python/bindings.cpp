@@ -53,26 +53,30 @@ class PyEngine {
                 {reinterpret_cast<void*>(arena), arena_bytes},
                 {num_threads, reinterpret_cast<void*>(stream)}) {}
 
-  // Prompts come as (address, count) of int64.
-  using Ids = std::vector<std::pair<uintptr_t, int64_t>>;
+  // Prompts come as (address, count, whether int64, whether on the engine's device).
+  using Ids = std::vector<std::tuple<uintptr_t, int64_t, bool, bool>>;
 
   void prefill(const Ids& prompts, py::object progress) {
     const auto report = callback<double>(std::move(progress));
     const auto lock = own();
     py::gil_scoped_release release;
-    prompts_.resize(prompts.size());
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      const auto& [at, count] = prompts[i];
-      narrow(reinterpret_cast<const int64_t*>(at), count, prompts_[i], "prompt ", i);
+    std::vector<TokenIds> ids;
+    for (const auto& [at, count, wide, on_device] : prompts) {
+      ids.push_back({reinterpret_cast<const void*>(at), count, wide, on_device});
     }
-    engine_.prefill(prompts_, report);
+    engine_.prefill(ids.data(), static_cast<int64_t>(ids.size()), report);
   }
 
   void step(const std::vector<int64_t>& ids) {
     const auto report = callback<double>(py::none());
     const auto lock = own();
     py::gil_scoped_release release;
-    narrow(ids.data(), static_cast<int64_t>(ids.size()), step_, "step");
+    step_.clear();
+    for (int64_t id : ids) {
+      require(id == static_cast<int32_t>(id), "step: token id ", id,
+              " is outside the vocabulary, 0 to ", engine_.config().vocab_size - 1);
+      step_.push_back(static_cast<int32_t>(id));
+    }
     engine_.step(step_, report);
   }
 
@@ -132,29 +136,9 @@ class PyEngine {
     return {busy_};
   }
 
-  // The ids as the engine takes them; it checks that they are in the vocabulary.
-  template <class... Where>
-  void narrow(const int64_t* ids, int64_t count, Tokens& to, const Where&... where) const {
-    to.resize(static_cast<size_t>(count));
-    int32_t* const narrowed = to.data();
-    int64_t bits = 0;  // of all ids; a negative one has the highest
-#pragma omp parallel for reduction(| : bits) if (count > 65536)
-    for (int64_t i = 0; i < count; ++i) {
-      bits |= ids[i];
-      narrowed[i] = static_cast<int32_t>(ids[i]);
-    }
-    if (bits >> 31 == 0) return;
-    for (int64_t i = 0; i < count; ++i) {
-      require(ids[i] >> 31 == 0, where..., ": token id ", ids[i],
-              " is outside the vocabulary, 0 to ", engine_.config().vocab_size - 1);
-    }
-  }
-
   Engine engine_;
   bool busy_ = false;
-  std::vector<Tokens>
-      prompts_;  // of the call under way; kept, since new memory costs a first touch
-  Tokens step_;
+  Tokens step_;  // kept, so that a step allocates nothing
 };
 
 }  // namespace

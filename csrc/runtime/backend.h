@@ -52,6 +52,7 @@ using Program = std::vector<Stage>;
 
 // The two programs.
 Stage window_program(const Config& config);
+Program window_blocks(const Config& config);  // the same, a stage a block
 Program slide_program(const Config& config);
 
 // Consecutive rows of one sequence that a stage works on.
@@ -104,9 +105,25 @@ class Backend {
   // The backend keeps the token ids of every sequence, by position.
   virtual void write_tokens(int64_t sequence, int64_t begin, const int32_t* tokens,
                             int64_t count) = 0;
+  // Host memory for `count` ids, from which write_tokens copies fastest; until the next call.
+  virtual int32_t* staging(int64_t count) {
+    staging_.resize(static_cast<size_t>(count));  // kept: new memory costs a first touch
+    return staging_.data();
+  }
+  // The same for a prompt whose ids lie in the memory of the device, if that is not the host's.
+  virtual bool in_vocabulary(const TokenIds& /*ids*/) { return false; }
+  virtual void narrow_tokens(int64_t /*sequence*/, const TokenIds& /*ids*/) {}
 
   // Runs the stage's verbs over the spans, in order; polls between pieces of long work.
   virtual void run(const Stage& stage, const std::vector<Span>& spans, const Poll& poll) = 0;
+  // Of one block: its compressed history, then the window that follows it. They have layers in
+  // common, and each verb of the window reads what its own layer has compressed, so that a backend
+  // may take all these rows through the layers together.
+  virtual void run_pair(const Stage& compressed, const Span& history, const Stage& window,
+                        const Span& own, const Poll& poll) {
+    run(compressed, {history}, [&poll](double share) { poll(share / 2); });
+    run(window, {own}, [&poll](double share) { poll((1 + share) / 2); });
+  }
 
   // Float32 (batch_size, V), row = sequence, in the memory of the engine's device.
   virtual const float* logits() const = 0;
@@ -132,6 +149,9 @@ class Backend {
 
   // Where to count the seconds of verbs, if they run one by one.
   virtual void meter(VerbMeter* /*to*/) {}
+
+ private:
+  Tokens staging_;
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const Config& config, const Weights& weights,

@@ -38,6 +38,7 @@ Engine::Engine(const Config& config, const Weights& weights, const CachePlan& pl
   impl_->weights = weights;
   impl_->arena = static_cast<char*>(arena.data);
   impl_->window = window_program(config);
+  impl_->blocks = window_blocks(config);
   impl_->slide_stages = slide_program(config);
   impl_->backend = make_backend(config, weights, plan, arena, options);
   const size_t batch = static_cast<size_t>(plan.options().batch_size);
@@ -50,14 +51,22 @@ Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 
 void Engine::prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
-  impl_->prefill(prompts, progress);
+  std::vector<TokenIds> ids;
+  for (const Tokens& prompt : prompts) {
+    ids.push_back({prompt.data(), static_cast<int64_t>(prompt.size())});
+  }
+  prefill(ids.data(), static_cast<int64_t>(ids.size()), progress);
+}
+
+void Engine::prefill(const TokenIds* prompts, int64_t count, const Progress& progress) {
+  impl_->prefill(prompts, count, progress);
 }
 
 void Engine::step(const Tokens& tokens, const Progress& progress) {
   impl_->check_ready("step");
   require(static_cast<int64_t>(tokens.size()) == impl_->active, "step got ", tokens.size(),
           " tokens for ", impl_->active, " sequences; it takes one each");
-  impl_->check_tokens(tokens, "step");
+  for (int32_t token : tokens) require_token(token, impl_->config.vocab_size, "step");
   impl_->check_room(1);
   impl_->aim(impl_->everyone);
   for (const Span& next : impl_->spans) {

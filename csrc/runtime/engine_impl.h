@@ -11,6 +11,7 @@
 #include "range.h"
 #include "state.h"
 #include "tlinformer/engine.h"
+#include "token_ids.h"
 #include "verb_meter.h"
 
 namespace tlinformer {
@@ -29,6 +30,7 @@ struct Engine::Impl {
   char* arena = nullptr;
   std::string fingerprint;  // of the weights, once somebody asked
   Stage window;
+  Program blocks;  // of the window
   Program slide_stages;
   std::unique_ptr<Backend> backend;
   std::vector<Sequence> sequences;
@@ -52,7 +54,8 @@ struct Engine::Impl {
     return last;
   }
 
-  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
+  // The cost of a stage, whose verbs it counts.
+  double count(const Stage& stage, const std::vector<Span>& over) {
     double whole = 0;
     for (const Span& span : over) whole += cost(config, stage, span);
     if (verbs.on) {
@@ -61,7 +64,20 @@ struct Engine::Impl {
         verbs.count(name_of(verb), work_of(config, dtype, verb, over.data(), over.size()));
       }
     }
+    return whole;
+  }
+
+  void run(const Stage& stage, const std::vector<Span>& over, Meter& meter) {
+    const double whole = count(stage, over);
     backend->run(stage, over, [&meter, whole](double share) { meter.poll(share * whole); });
+    meter.done += whole;
+  }
+
+  void run_pair(const Stage& compressed, const Span& history, const Stage& block, const Span& own,
+                Meter& meter) {
+    const double whole = count(compressed, {history}) + count(block, {own});
+    backend->run_pair(compressed, history, block, own,
+                      [&meter, whole](double share) { meter.poll(share * whole); });
     meter.done += whole;
   }
 
@@ -84,15 +100,21 @@ struct Engine::Impl {
     return sum;
   }
 
-  void slide(int64_t index, int64_t history, Meter& meter) {
+  // With a window, its rows go through each block as soon as the block's history is compressed.
+  void slide(int64_t index, int64_t history, Meter& meter, const Span* own = nullptr) {
     const Range range("slide", history);
     Sequence& sequence = sequences[static_cast<size_t>(index)];
     sequence.slid_history = kStale;  // until done: an interruption then costs only time
+    size_t block = 0;
     for (size_t i = 0; i < slide_stages.size(); ++i) {
       const Span all = slide_span(i, index, history);
       for (const Span& piece : pieces_of(slide_stages[i], all, plan.piece_rows())) {
         const Range range("piece", piece.begin);
-        run(slide_stages[i], {piece}, meter);
+        if (own && slide_stages[i].scope == Scope::compressed) {
+          run_pair(slide_stages[i], piece, blocks[block++], *own, meter);
+        } else {
+          run(slide_stages[i], {piece}, meter);
+        }
         meter.poll();
       }
     }
@@ -101,40 +123,88 @@ struct Engine::Impl {
     ++stats.slides;
   }
 
-  void prefill(const std::vector<Tokens>& prompts, const Progress& progress) {
+  bool far(const TokenIds& prompt) const {  // the host cannot read them
+    return prompt.on_device && plan.options().device != Device::cpu;
+  }
+
+  void check_lengths(const TokenIds* prompts, int64_t count) const {
     const CachePlanOptions& options = plan.options();
-    require(!prompts.empty() && static_cast<int64_t>(prompts.size()) <= options.batch_size,
-            "prefill got ", prompts.size(), " prompts; this engine holds 1 to ", options.batch_size,
-            " sequences (batch_size)");
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      const int64_t length = static_cast<int64_t>(prompts[i].size());
+    require(count >= 1 && count <= options.batch_size, "prefill got ", count,
+            " prompts; this engine holds 1 to ", options.batch_size, " sequences (batch_size)");
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t length = prompts[i].count;
       require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
       require(length <= options.max_context, "prompt ", i, " has ", length,
               " tokens; this engine was planned for max_context = ", options.max_context,
               "; create it with a larger one");
-      check_tokens(prompts[i], "prompt ", i);
     }
+  }
+
+  void narrow_prompt(const TokenIds& prompt, int64_t index, int32_t* to) const {
+    const auto take = [&](const auto* ids) {
+      narrow(ids, prompt.count, config.vocab_size, to, "prompt ", index);
+    };
+    if (prompt.wide) {
+      take(static_cast<const int64_t*>(prompt.ids));
+    } else {
+      take(static_cast<const int32_t*>(prompt.ids));
+    }
+  }
+
+  // The ids that the host can read, one prompt after the other, once none at all is found wrong.
+  const int32_t* staged(const TokenIds* prompts, int64_t count) const {
+    check_lengths(prompts, count);
+    int64_t near = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const TokenIds& prompt = prompts[i];
+      if (!far(prompt)) {
+        near += prompt.count;
+      } else if (!backend->in_vocabulary(prompt)) {  // the host says which
+        std::vector<char> copy(static_cast<size_t>(prompt.count * (prompt.wide ? 8 : 4)));
+        backend->read(prompt.ids, static_cast<int64_t>(copy.size()), copy.data());
+        Tokens narrowed(static_cast<size_t>(prompt.count));
+        narrow_prompt({copy.data(), prompt.count, prompt.wide, false}, i, narrowed.data());
+      }
+    }
+    int32_t* const tokens = backend->staging(near);
+    int32_t* to = tokens;
+    for (int64_t i = 0; i < count; ++i) {
+      if (far(prompts[i])) continue;
+      narrow_prompt(prompts[i], i, to);
+      to += prompts[i].count;
+    }
+    return tokens;
+  }
+
+  void prefill(const TokenIds* prompts, int64_t count, const Progress& progress) {
+    const Range range("prefill", count);
+    const int32_t* tokens = staged(prompts, count);
     forget();
-    const Range range("prefill", static_cast<int64_t>(prompts.size()));
     Meter meter{&progress};
     std::vector<Span> windows;
-    for (size_t i = 0; i < prompts.size(); ++i) {
-      const int64_t length = static_cast<int64_t>(prompts[i].size());
-      sequences[i].length = length;
-      backend->write_tokens(static_cast<int64_t>(i), 0, prompts[i].data(), length);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t length = prompts[i].count;
+      sequences[static_cast<size_t>(i)].length = length;
+      if (far(prompts[i])) {
+        backend->narrow_tokens(i, prompts[i]);
+      } else {
+        backend->write_tokens(i, 0, tokens, length);
+        tokens += length;
+      }
       const int64_t history = config.history_at(length - 1);
-      windows.push_back(span_of(static_cast<int64_t>(i), history, length - history, history));
+      windows.push_back(span_of(i, history, length - history, history));
       meter.total += slide_cost(windows.back().sequence, history);
       meter.total += cost(config, window, windows.back());
     }
     try {
       for (const Span& last : windows) {
-        if (last.history > 0) slide(last.sequence, last.history, meter);
-        run(window, {last}, meter);
+        const bool together = last.history > 0 && last.rows > 1;  // one row is like a step's
+        if (last.history > 0) slide(last.sequence, last.history, meter, together ? &last : nullptr);
+        if (!together) run(window, {last}, meter);
         sequences[static_cast<size_t>(last.sequence)].known_history = last.begin + last.rows;
         stats.prefill_tokens += last.begin + last.rows;
       }
-      activate(prompts.size());
+      activate(static_cast<size_t>(count));
       ++stats.prefills;
       meter.poll(meter.total);
     } catch (...) {
@@ -197,19 +267,6 @@ struct Engine::Impl {
         if (verb.kind != Verb::Kind::attend) continue;
         stats.rows_read += span.begin + 1 - span.history + keys_read(verb, span);
       }
-    }
-  }
-
-  template <class... Where>
-  void check_tokens(const Tokens& tokens, const Where&... where) const {
-    const auto most = static_cast<int32_t>(
-        std::min<int64_t>(config.vocab_size - 1, std::numeric_limits<int32_t>::max()));
-    int32_t outside = 0;  // all are compared, many at once; only then is the first one looked for
-    for (int32_t token : tokens) outside |= int32_t{token < 0} | int32_t{token > most};
-    if (outside == 0) return;
-    for (int32_t token : tokens) {
-      require(token >= 0 && token < config.vocab_size, where..., ": token id ", token,
-              " is outside the vocabulary, 0 to ", config.vocab_size - 1);
     }
   }
 

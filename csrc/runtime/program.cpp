@@ -38,6 +38,15 @@ Stage window_program(const Config& config) {
   return stage;
 }
 
+Program window_blocks(const Config& config) {
+  Program blocks(static_cast<size_t>(config.num_blocks), {Scope::window, {}});
+  for (const Verb& verb : window_program(config).verbs) {
+    const bool last = verb.kind == Kind::head;
+    (last ? blocks.back() : blocks[static_cast<size_t>(verb.block)]).verbs.push_back(verb);
+  }
+  return blocks;
+}
+
 // The compressed history anew. Its first stage covers only history that block 0 has not seen yet:
 // after hits there is none, because their window keys and values already lie where history goes.
 Program slide_program(const Config& config) {

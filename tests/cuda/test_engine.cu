@@ -202,6 +202,42 @@ void test_state(const Config& config) {
   std::remove(path.c_str());
 }
 
+// Ids on the device give what those on the host give; wrong ones leave everything as it was.
+template <class Id>
+void test_ids(const Config& config) {
+  const RandomModel model(config, DType::bfloat16);
+  OnDevice device(model, 40);
+  const Tokens prompt = tokens_of(37, config);
+  device.engine->prefill({prompt});
+  const auto want = device.logits();
+  std::vector<Id> ids(prompt.begin(), prompt.end());
+  const auto prefill = [&] {
+    const gpu::Array<Id> there(ids);
+    const TokenIds at{there.data(), static_cast<int64_t>(ids.size()), sizeof(Id) == 8, true};
+    device.engine->prefill(&at, 1);
+    cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  };
+  device.engine->prefill({tokens_of(9, config, 2)});
+  prefill();
+  CHECK(device.logits() == want);
+  for (Id wrong : {Id{-1}, static_cast<Id>(config.vocab_size), std::numeric_limits<Id>::max()}) {
+    ids.back() = wrong;
+    std::string said;
+    try {
+      prefill();
+    } catch (const InvalidArgument& error) {
+      said = error.what();
+    }
+    CHECK(said.find("token id " + std::to_string(wrong) + " is outside") != std::string::npos);
+  }
+  CHECK(device.logits() == want);
+  device.engine->step({1});
+  const auto next = device.logits();
+  device.engine->prefill({prompt});
+  device.engine->step({1});
+  CHECK(device.logits() == next);
+}
+
 double milliseconds_since(std::chrono::steady_clock::time_point begin) {
   const auto now = std::chrono::steady_clock::now();
   return std::chrono::duration<double, std::milli>(now - begin).count();
@@ -228,6 +264,10 @@ void bench(const char* name, const Config& config, const std::vector<int64_t>& l
       device.engine->prefill({prompt});
       host = milliseconds_since(begin);
     });
+    const Tokens whole(prompt.begin(), prompt.end() - 5);  // its window is full
+    device.engine->prefill({whole});
+    const double full = milliseconds([&] { device.engine->prefill({whole}); });
+    device.engine->prefill({prompt});
     device.engine->generate(20, {});
     std::vector<double> times;
     for (int i = 0; i < 3; ++i) {
@@ -238,9 +278,10 @@ void bench(const char* name, const Config& config, const std::vector<int64_t>& l
     device.engine->generate(250, {});
     const double slide = milliseconds([&] { device.engine->generate(2, {}); });
     std::printf(
-        "%s history %8ld: hit %.4f ms, prefill %.3f ms (host %.3f), token with slide %.3f ms, "
+        "%s history %8ld: hit %.4f ms, prefill %.3f ms (host %.3f), with a full window "
+        "%.3f ms, token with slide %.3f ms, "
         "plan %.1f MiB\n",
-        name, static_cast<long>(length), times[1], prefill, host, slide,
+        name, static_cast<long>(length), times[1], prefill, host, full, slide,
         static_cast<double>(device.plan.total_bytes()) / (1 << 20));
   }
 }
@@ -304,5 +345,7 @@ int main(int argc, char** argv) {
   test_generate(two_heads(), 1);
   test_generate(two_heads(), 3);
   test_state(two_heads());
+  test_ids<int32_t>(two_heads());
+  test_ids<int64_t>(two_heads());
   std::puts("ok");
 }

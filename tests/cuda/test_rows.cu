@@ -128,10 +128,12 @@ Rope rope_of(int heads, size_t d, double theta) {
   return Rope::of(config);
 }
 
-// Lines one after another, or with a gap between them and chosen by tokens.
+// Lines one after another, or with a gap between them and chosen by tokens. The keys and values of
+// the first `apart` rows go to rows of their own, from 1 on.
 template <class T>
 void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool with_query,
-                 bool with_keys, int64_t begin, size_t slot, unsigned seed, bool by_token = false) {
+                 bool with_keys, int64_t begin, size_t slot, unsigned seed, bool by_token = false,
+                 size_t apart = 0) {
   const double theta = 10000;
   const size_t vocabulary = 19, count = by_token ? vocabulary : rows, gap = by_token ? 12 : 0;
   const size_t columns = (with_query ? q_heads * d : 0) + (with_keys ? 2 * kv_heads * d : 0);
@@ -146,6 +148,8 @@ void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool wi
   };
   Array<T> query((rows + 1) * q_heads * d), keys(kv_heads * head_stride),
       values(kv_heads * head_stride);
+  const size_t own_stride = (apart + 2) * d;
+  Array<T> own_keys(kv_heads * own_stride), own_values(kv_heads * own_stride);
   RotateRows r;
   r.dtype = kDType<T>;
   r.rows = int64_t(rows);
@@ -162,10 +166,12 @@ void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool wi
   r.values = with_keys ? values.data() : nullptr;
   r.head_stride = int64_t(head_stride);
   r.slot = int64_t(slot);
+  r.apart = int64_t(apart);
+  r.own = {own_keys.data(), own_values.data(), int64_t(own_stride), 1};
   rotate_rows(r, launched());
   check(cudaDeviceSynchronize(), "rotate_rows");
 
-  const auto query_h = query.get(), keys_h = keys.get(), values_h = values.get();
+  const auto query_h = query.get();
   for (size_t row = 0; row < rows && with_query; ++row) {
     for (size_t h = 0; h < q_heads; ++h) {
       check_rotated(line_of(row) + h * d, d, theta, begin + int64_t(row), true,
@@ -175,20 +181,26 @@ void test_rotate(size_t rows, size_t q_heads, size_t kv_heads, size_t d, bool wi
   const size_t written = with_query ? rows * q_heads * d : 0;
   CHECK(untouched(query_h.data() + written, query_h.size() - written));
   const size_t k_column = with_query ? q_heads * d : 0, v_column = k_column + kv_heads * d;
-  for (size_t h = 0; h < kv_heads; ++h) {
-    const T *k = &keys_h[h * head_stride], *v = &values_h[h * head_stride];
-    for (size_t row = 0; row < rows && with_keys; ++row) {
-      const T* line = line_of(row);
-      check_rotated(line + k_column + h * d, d, theta, begin + int64_t(row), true,
-                    k + (slot + row) * d);
-      check_rotated(line + v_column + h * d, d, theta, 0, false, v + (slot + row) * d);
+  const auto check_cache = [&](const Array<T>& keys, const Array<T>& values, size_t head_stride,
+                               size_t slot, size_t first, size_t count) {
+    const auto keys_h = keys.get(), values_h = values.get();
+    for (size_t h = 0; h < kv_heads; ++h) {
+      const T *k = &keys_h[h * head_stride], *v = &values_h[h * head_stride];
+      for (size_t i = 0; i < count; ++i) {
+        const T* line = line_of(first + i);
+        check_rotated(line + k_column + h * d, d, theta, begin + int64_t(first + i), true,
+                      k + (slot + i) * d);
+        check_rotated(line + v_column + h * d, d, theta, 0, false, v + (slot + i) * d);
+      }
+      for (const T* part : {k, v}) {
+        const size_t end = (slot + count) * d;
+        CHECK(untouched(part, slot * d));
+        CHECK(untouched(part + end, head_stride - end));
+      }
     }
-    for (const T* part : {k, v}) {
-      const size_t end = with_keys ? (slot + rows) * d : 0;
-      CHECK(untouched(part, with_keys ? slot * d : 0));
-      CHECK(untouched(part + end, head_stride - end));
-    }
-  }
+  };
+  check_cache(own_keys, own_values, own_stride, 1, 0, apart);
+  check_cache(keys, values, head_stride, slot, apart, with_keys ? rows - apart : 0);
 }
 
 double silu_of(double x) { return x / (1 + std::exp(-x)); }
@@ -317,12 +329,14 @@ void test_all() {
     test_norm<T>(rows, d, true, true, false, false, seed += 10);
     test_norm<T>(rows, d, true, false, true, false, seed += 10, false);
   }
-#define TEST_HEAD_SIZE(d)                                            \
-  test_rotate<T>(61, 5, 5, d, true, true, 1234567, 3, seed += 10);   \
-  test_rotate<T>(3, 6, 2, d, true, true, 2200000000, 0, seed += 10); \
-  test_rotate<T>(130, 12, 12, d, true, false, 0, 0, seed += 10);     \
-  test_rotate<T>(29, 4, 1, d, false, true, 1 << 20, 77, seed += 10); \
-  test_rotate<T>(83, 4, 2, d, true, true, 12345, 6, seed += 10, true);
+#define TEST_HEAD_SIZE(d)                                                  \
+  test_rotate<T>(61, 5, 5, d, true, true, 1234567, 3, seed += 10);         \
+  test_rotate<T>(3, 6, 2, d, true, true, 2200000000, 0, seed += 10);       \
+  test_rotate<T>(130, 12, 12, d, true, false, 0, 0, seed += 10);           \
+  test_rotate<T>(29, 4, 1, d, false, true, 1 << 20, 77, seed += 10);       \
+  test_rotate<T>(83, 4, 2, d, true, true, 12345, 6, seed += 10, true);     \
+  test_rotate<T>(83, 4, 2, d, true, true, 12345, 6, seed += 10, true, 31); \
+  test_rotate<T>(90, 3, 3, d, true, true, 70, 2, seed += 10, false, 64);
   TLINFORMER_HEAD_SIZES(TEST_HEAD_SIZE)
   test_rotate<T>(1, 1, 1, 4, true, true, 9, 1, seed += 10);
   for (const size_t columns : {8, 248, 1280, 1544}) {

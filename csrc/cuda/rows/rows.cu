@@ -79,13 +79,14 @@ struct Heads {  // neighbours in a line, and where its row of them goes
   const void* from = nullptr;
   void* to = nullptr;
   int64_t row_stride = 0, head_stride = 0;  // of `to`
+  int64_t first = 0, rows = 0;              // of the lines
   int count = 0;
   bool rotated = false;
 };
 
 struct HeadParts {
-  Heads parts[3]{};  // q, k, v, or some of them
-  int64_t rows = 0, line_stride = 0, begin = 0;
+  Heads parts[5]{};  // q, k, v, and k, v of the rows apart, or some of them
+  int64_t line_stride = 0, begin = 0;
   const int32_t* tokens = nullptr;
   Rope rope{};
 };
@@ -104,14 +105,14 @@ __global__ void __launch_bounds__(kThreads, 8)
   let_next_start();
   wait_for_previous();
   const Heads& heads = p.parts[blockIdx.y];
-  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  if (row >= p.rows) return;
+  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, place = heads.first + row;
+  if (row >= heads.rows) return;
   float2 first{}, second{};
   if (heads.rotated) {
-    first = rotation(p.rope.turns[2 * threadIdx.x], p.begin + row);
-    second = rotation(p.rope.turns[2 * threadIdx.x + 1], p.begin + row);
+    first = rotation(p.rope.turns[2 * threadIdx.x], p.begin + place);
+    second = rotation(p.rope.turns[2 * threadIdx.x + 1], p.begin + place);
   }
-  const int64_t line = p.tokens != nullptr ? p.tokens[row] : row;
+  const int64_t line = p.tokens != nullptr ? p.tokens[place] : place;
   const T* from = static_cast<const T*>(heads.from) + line * p.line_stride + 4 * threadIdx.x;
   T* to = static_cast<T*>(heads.to) + row * heads.row_stride + 4 * threadIdx.x;
   constexpr int kAtOnce = 4;  // loads under way
@@ -178,25 +179,33 @@ void rotate_rows(const RotateRows& r, const Launch& how) {
   const int64_t d = r.head_dim;
   require(d % 4 == 0 && d <= 128, "rotate_rows takes heads of up to 128 in steps of 4, not ", d);
   HeadParts p;
-  p.rows = r.rows;
   p.begin = r.begin;
   p.rope = r.rope;
   p.line_stride = r.line_stride;
   p.tokens = r.tokens;
   unsigned count = 0;
   int64_t columns = 0;
-  const auto take = [&](void* to, int64_t row_stride, int64_t head_stride, int heads,
-                        bool rotated) {
-    const char* from = static_cast<const char*>(r.lines) + columns * size_of(r.dtype);
-    p.parts[count++] = {from, to, row_stride, head_stride, heads, rotated};
-    columns += heads * d;
+  const auto take = [&](int64_t column, const Heads& heads) {
+    p.parts[count] = heads;
+    p.parts[count++].from = static_cast<const char*>(r.lines) + column * size_of(r.dtype);
   };
-  if (r.query != nullptr) take(r.query, r.query_heads * d, d, r.query_heads, true);
-  if (r.keys != nullptr) {
-    const int64_t skipped = r.slot * d * size_of(r.dtype);
-    take(static_cast<char*>(r.keys) + skipped, d, r.head_stride, r.kv_heads, true);
-    take(static_cast<char*>(r.values) + skipped, d, r.head_stride, r.kv_heads, false);
+  if (r.query != nullptr) {
+    take(0, {nullptr, r.query, r.query_heads * d, d, 0, r.rows, r.query_heads, true});
+    columns = r.query_heads * d;
   }
+  const auto cache = [&](const CachePlace& to, int64_t first, int64_t rows) {
+    if (to.keys == nullptr || rows == 0) return;
+    const int64_t skipped = to.slot * d * size_of(r.dtype);
+    Heads heads{
+        nullptr, static_cast<char*>(to.keys) + skipped, d, to.head_stride, first, rows, r.kv_heads,
+        true};
+    take(columns, heads);
+    heads.to = static_cast<char*>(to.values) + skipped;
+    heads.rotated = false;
+    take(columns + r.kv_heads * d, heads);
+  };
+  cache(r.own, 0, r.apart);
+  cache(r, r.apart, r.rows - r.apart);
   if (count == 0) return;
   const dim3 threads(static_cast<unsigned>(d / 4), static_cast<unsigned>(kThreads / (d / 4)));
   with_type(r.dtype, [&](auto tag) {

@@ -25,9 +25,17 @@ struct NormRows {
 };
 void norm_rows(const NormRows& n, const Launch& how);
 
-// Of `lines`, line_stride elements apart: [q (Hq d) if query is given][k (Hkv d), v (Hkv d) if keys
-// are]. query (rows, Hq d) <- rotated q; the cache's rows slot ... slot + rows - 1 <- rotated k, v.
-struct RotateRows {
+// Where keys and values of rows go: (Hkv, capacity, d) of a sequence, from row `slot` on.
+struct CachePlace {
+  void* keys = nullptr;  // null: nowhere
+  void* values = nullptr;
+  int64_t head_stride = 0, slot = 0;
+};
+
+// Of `lines`, line_stride elements apart: [q (Hq d) if query is given][k (Hkv d), v (Hkv d) if any
+// keys are]. query (rows, Hq d) <- rotated q; the place's rows <- rotated k, v. Those of the first
+// `apart` rows go to a place of their own.
+struct RotateRows : CachePlace {
   DType dtype = DType::bfloat16;
   int64_t rows = 0, begin = 0;  // position of row 0
   int query_heads = 0, kv_heads = 0, head_dim = 0;
@@ -36,9 +44,8 @@ struct RotateRows {
   int64_t line_stride = 0;
   const int32_t* tokens = nullptr;  // row i's line; null: line i
   void* query = nullptr;
-  void* keys = nullptr;  // (Hkv, capacity, d) of the sequence
-  void* values = nullptr;
-  int64_t head_stride = 0, slot = 0;
+  int64_t apart = 0;
+  CachePlace own{};
 };
 void rotate_rows(const RotateRows& r, const Launch& how);
 

@@ -45,6 +45,14 @@ struct VerbStats {
 };
 
 using Tokens = std::vector<int32_t>;
+// Where the caller has the token ids of a prompt, of 32 or 64 bits each; they are only read: on the
+// host before the call returns, on the engine's device in the order of its stream.
+struct TokenIds {
+  const void* ids = nullptr;
+  int64_t count = 0;
+  bool wide = false;       // int64, else int32
+  bool on_device = false;  // in the memory of the engine's device
+};
 // Called between pieces of long work with the share done, in [0, 1]; return false to interrupt.
 using Progress = std::function<bool(double)>;
 // Called with each generated token; return false to stop generating.
@@ -61,6 +69,7 @@ class Engine {
   // Replaces what was cached by one prompt per sequence (1 <= prompts <= batch_size). Invalid
   // prompts change nothing; after an interruption the sequences are empty.
   void prefill(const std::vector<Tokens>& prompts, const Progress& progress = {});
+  void prefill(const TokenIds* prompts, int64_t count, const Progress& progress = {});
 
   // Pushes one token onto every sequence.
   void step(const Tokens& tokens, const Progress& progress = {});
