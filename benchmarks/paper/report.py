@@ -232,6 +232,14 @@ PLOTS = {
 }
 
 
+def plot(experiment: str, results: Results, folder: Path) -> None:
+    figure = plt.figure(figsize=(9 if experiment == "windows" else 6, 4), layout="constrained")
+    PLOTS[experiment](results, figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / f"{experiment}.png", dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -243,17 +251,14 @@ def main() -> None:
     for experiment, tables in TABLES.items():
         paths = sorted((args.results / experiment).glob("*.json"))
         results = [json.loads(path.read_text()) for path in paths]
-        if not results:
-            continue
         if len({r["smoke"] for r in results}) > 1:
             raise SystemExit(f"{args.results / experiment} mixes real results with --smoke's")
-        figure = plt.figure(figsize=(9 if experiment == "windows" else 6, 4), layout="constrained")
-        PLOTS[experiment](results, figure)
-        for axes in figure.axes:
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(args.readme.parent / f"{experiment}.png", dpi=130)
+        if results:
+            plot(experiment, results, args.readme.parent)
         for number, make in enumerate(tables):
-            body = make(results) + (f"\n\n![{experiment}]({experiment}.png)" if not number else "")
+            body = make(results) if results else "No results yet."
+            if results and number == 0:
+                body += f"\n\n![{experiment}]({experiment}.png)"
             pattern = rf"(<!-- {make.__name__} -->\n).*?(<!-- end -->)"
             text, count = re.subn(
                 pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S
