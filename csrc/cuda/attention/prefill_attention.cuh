@@ -16,7 +16,9 @@ namespace tlinformer::cuda {
 constexpr int prefill_warps(int d) { return d <= 40 ? 8 : 4; }
 constexpr int prefill_blocks(int d) { return d == 48 || d == 64 ? 3 : 2; }
 constexpr int prefill_rows(int d) { return 32 * prefill_warps(d); }
+// Keys of a tile. Small heads have room for more, and then warps wait for each other half as often.
 constexpr int kKeyTile = 64;
+constexpr int prefill_keys(int d) { return d <= 40 ? 2 * kKeyTile : kKeyTile; }
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // A call, ready for the device.
@@ -37,7 +39,8 @@ struct PrefillTile {
   static constexpr int kChunks = (d + 7) / 8;        // 8 elements: a row of ldmatrix's 8 x 8
   static constexpr int kStride = 8 * (kChunks | 1);  // odd, so that ldmatrix meets all banks
   static constexpr int kStages = d > 96 ? 2 : 3;     // each: a matrix of keys, one of values
-  static constexpr int kStageBytes = 2 * kKeyTile * kStride * 2;
+  static constexpr int kKeys = prefill_keys(d);
+  static constexpr int kStageBytes = 2 * kKeys * kStride * 2;
   static constexpr int kBytes = kStages * kStageBytes;
   static constexpr int kSavedBytes = kRows * kChunks * 8 * 4;
   // The values' padding has room for a column of ones, whose product is the softmax's sum.
@@ -106,7 +109,8 @@ __device__ inline unsigned thread_index() {
 }
 
 // A thread's share of copying tiles: one column of pieces, in every kRows-th row.
-template <class T, int d, int kThreads = PrefillTile<d>::kThreads>
+template <class T, int d, int kThreads = PrefillTile<d>::kThreads,
+          int kKeys = PrefillTile<d>::kKeys>
 struct TileCopy {
   using Tile = PrefillTile<d>;
   static constexpr int kPiece = d % 8 == 0 ? 8 : 4;  // rows of 36 are 8-byte aligned only
@@ -117,7 +121,7 @@ struct TileCopy {
 
   __device__ TileCopy(const KeyGroup& group, int64_t batch, int64_t head, int tile) {
     const int thread = thread_index(), row = thread / kPieces, column = thread % kPieces * kPiece;
-    const int64_t key = int64_t{tile} * kKeyTile + row;
+    const int64_t key = int64_t{tile} * kKeys + row;
     const auto from = [&](const HeadTensor& x) {
       return static_cast<const T*>(x.data) + batch * x.batch_stride + head * x.head_stride +
              key * x.row_stride + column;
@@ -133,16 +137,16 @@ struct TileCopy {
     const int value_stride = static_cast<int>(group.values.row_stride);
     const uint32_t to = stage + (row * Tile::kStride + thread % kPieces * kPiece) * sizeof(T);
 #pragma unroll
-    for (int i = 0; i < kKeyTile; i += kRows) {
-      if (row >= kRows || (i + kRows > kKeyTile && row + i >= kKeyTile)) break;
-      constexpr int kBytes = kPiece * sizeof(T);
+    for (int i = 0; i < kKeys; i += kRows) {
+      if (row >= kRows || (i + kRows > kKeys && row + i >= kKeys)) break;
+      constexpr int kBytes = kPiece * sizeof(T), kValues = kKeys * Tile::kStride * sizeof(T);
       const int bytes = row + i < left ? kBytes : 0;
       const uint32_t place = to + i * Tile::kStride * sizeof(T);
       copy_async<kBytes>(place, keys + key_stride * i, bytes);
-      copy_async<kBytes>(place + Tile::kStageBytes / 2, values + value_stride * i, bytes);
+      copy_async<kBytes>(place + kValues, values + value_stride * i, bytes);
     }
-    keys += key_stride * kKeyTile;
-    values += value_stride * kKeyTile;
+    keys += key_stride * kKeys;
+    values += value_stride * kKeys;
   }
 };
 
@@ -389,7 +393,7 @@ __device__ inline void attend(const PrefillPlan& p, int g, uint32_t stages, Warp
   const int offset = static_cast<int>(group.offset);
   int left = static_cast<int>(group.count);
   const int visible = group.causal ? min(left, at.end_row + offset) : left;
-  int first = 0, end = (visible - 1) / kKeyTile + 1;
+  int first = 0, end = (visible - 1) / Tile::kKeys + 1;
   if (p.parts[g] > 0) {
     const int64_t tiles = end, share = at.part - (g == 0 ? 0 : p.parts[0]);
     first = static_cast<int>(tiles * share / p.parts[g]);
@@ -397,15 +401,15 @@ __device__ inline void attend(const PrefillPlan& p, int g, uint32_t stages, Warp
   }
   TileCopy<T, d> copy(group, at.batch, at.head / p.queries_per_key, first);
   int more = end - first;
-  left -= first * kKeyTile;
+  left -= first * Tile::kKeys;
   // Row i of the warp sees the first min(left, diagonal + i) keys from here on.
-  int diagonal = group.causal ? at.row + offset + 1 - first * kKeyTile : left;
+  int diagonal = group.causal ? at.row + offset + 1 - first * Tile::kKeys : left;
   if (at.rows <= 0) diagonal = -(1 << 30);
   warp.clear();
   __syncthreads();  // all have read the last tile of the group before
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < more) copy.start(group, stages + i * Tile::kStageBytes, left - i * kKeyTile);
+    if (i < more) copy.start(group, stages + i * Tile::kStageBytes, left - i * Tile::kKeys);
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 #pragma unroll 1
@@ -414,18 +418,18 @@ __device__ inline void attend(const PrefillPlan& p, int g, uint32_t stages, Warp
     __syncthreads();  // all of this tile has arrived, and all have read the one before
     if (more >= kStages) {
       const int next = stage == 0 ? kStages - 1 : stage - 1;
-      copy.start(group, stages + next * Tile::kStageBytes, left - (kStages - 1) * kKeyTile);
+      copy.start(group, stages + next * Tile::kStageBytes, left - (kStages - 1) * Tile::kKeys);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     const uint32_t keys = stages + stage * Tile::kStageBytes;
 #pragma unroll
-    for (int i = 0; i < kKeyTile; i += 32) {
+    for (int i = 0; i < Tile::kKeys; i += 32) {
       if (min(left, diagonal + 31) <= i) break;
       const uint32_t key = keys + i * Tile::kStride * sizeof(T);
       warp.step(key, key + Tile::kStageBytes / 2, p.factor, left - i, diagonal - i);
     }
-    left -= kKeyTile;
-    diagonal -= kKeyTile;
+    left -= Tile::kKeys;
+    diagonal -= Tile::kKeys;
     --more;
   }
   warp.normalise();
@@ -437,9 +441,9 @@ template <class T, int d>
 __device__ void fill_padding(unsigned char* shared, int stages) {
   using Tile = PrefillTile<d>;
   if constexpr (Tile::kColumnOfOnes) {
-    for (int i = threadIdx.x; i < stages * 2 * kKeyTile; i += Tile::kThreads) {
+    for (int i = threadIdx.x; i < stages * 2 * Tile::kKeys; i += Tile::kThreads) {
       T* padding = reinterpret_cast<T*>(shared) + i * Tile::kStride + d;
-      const bool values = i / kKeyTile % 2 != 0;
+      const bool values = i / Tile::kKeys % 2 != 0;
 #pragma unroll
       for (int j = 0; j < Tile::kChunks * 8 - d; ++j) {
         padding[j] = from_float<T>(values && j == 0 ? 1.0f : 0.0f);

@@ -44,7 +44,7 @@ __device__ inline KeyGroup range_of(const HeadTensor& first, const HeadTensor& s
 template <int d>
 struct RangedTile {
   static constexpr int kStages = d > 96 ? 2 : 3;
-  static constexpr int kTable = PrefillTile<d>::kStageBytes;
+  static constexpr int kTable = 2 * kKeyTile * PrefillTile<d>::kStride * 2;
   static constexpr int kColumn = kKeyTile * 4;
   static constexpr int kStageBytes = kTable + 3 * kColumn;
   static constexpr int kBytes = kStages * kStageBytes;
@@ -77,7 +77,7 @@ __device__ inline void stream(const KeyGroup& range, int batch, int head, int fi
                               uint32_t stages, const Table& table, const F& f) {
   using Tile = RangedTile<d>;
   constexpr int kStages = Tile::kStages;
-  TileCopy<T, d, kRangedThreads> copy(range, batch, head, first);
+  TileCopy<T, d, kRangedThreads, kKeyTile> copy(range, batch, head, first);
   const int count = static_cast<int>(range.count);
   int next = first * kKeyTile;
   const auto start = [&](int stage) {

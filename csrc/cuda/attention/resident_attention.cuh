@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
   let_next_start();
   const PrefillAttention& a = p.call;
   const KeyGroup& group = a.groups[0];
-  const int count = static_cast<int>(group.count), tiles = (count - 1) / kKeyTile + 1;
+  const int count = static_cast<int>(group.count), tiles = (count - 1) / Tile::kKeys + 1;
   fill_padding<T, d>(shared, tiles);
   wait_for_previous();
 
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
   {
     TileCopy<T, d> copy(group, batch, head / p.queries_per_key, 0);
     for (int i = 0; i < tiles; ++i) {
-      copy.start(group, stages + i * Tile::kStageBytes, count - i * kKeyTile);
+      copy.start(group, stages + i * Tile::kStageBytes, count - i * Tile::kKeys);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
     own.clear();
 #pragma unroll 1
     for (int key = 0; key < count; key += 32) {
-      const uint32_t at = stages + key / kKeyTile * Tile::kStageBytes +
-                          key % kKeyTile * Tile::kStride * static_cast<int>(sizeof(T));
+      const uint32_t at = stages + key / Tile::kKeys * Tile::kStageBytes +
+                          key % Tile::kKeys * Tile::kStride * static_cast<int>(sizeof(T));
       own.step(at, at + Tile::kStageBytes / 2, p.factor, count - key, 1 << 30);
     }
     own.normalise();
@@ -87,7 +87,7 @@ bool launch_resident(const PrefillPlan& plan, const Launch& how) {
   const auto launch_for = [&](auto size) {
     constexpr int d = decltype(size)::value;
     using Tile = PrefillTile<d>;
-    const int64_t bytes = ((group.count - 1) / kKeyTile + 1) * Tile::kStageBytes;
+    const int64_t bytes = ((group.count - 1) / Tile::kKeys + 1) * Tile::kStageBytes;
     if (bytes > resident_bytes(d)) return false;
     const int64_t heads = a.batch * a.query_heads;
     const int64_t shares = std::clamp<int64_t>(multiprocessors() * prefill_blocks(d) / heads, 1,
