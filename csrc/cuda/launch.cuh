@@ -16,12 +16,21 @@ inline void check(cudaError_t status, const char* what) {
   throw Error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// For measurements alone, until they are made.
+struct Knobs {
+  int products_percent = 14, window_percent = 100, window_each = 0, window_tiles = 8, rows = 0;
+};
+inline Knobs knobs;
+
 struct Launch {
   cudaStream_t stream = nullptr;
   // Programmatic dependent launch: the kernel may start while its predecessor still runs, and
   // must call wait_for_previous() in every thread before it touches what the token changes.
   bool early = false;
   int cluster = 1;  // blocks of the grid's x that share their memory
+  // Of a kernel that may start early. Weights pass through the L1 cache on their way into registers:
+  // the kernels of a step leave it most of the memory, all of them alike, if they can.
+  int shared_percent = 14;
 };
 
 // Threads of every block call this before they read or write anything that an earlier kernel of
@@ -64,7 +73,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = how.stream;
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   config.attrs = attributes;
   if (how.early) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
@@ -81,12 +90,13 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
     set_attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                   static_cast<int>(shared_bytes), name);
   }
+#if CUDART_VERSION >= 12060  // else the driver chooses
   if (how.early) {
-    // Weights pass through the L1 cache on their way into registers: the kernels of a step leave it
-    // most of the memory, all of them alike, if they can.
-    constexpr int kPercentShared = 14;
-    set_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercentShared, name);
+    cudaLaunchAttribute& shared = attributes[config.numAttrs++];
+    shared.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    shared.val.sharedMemCarveout = static_cast<unsigned>(how.shared_percent);
   }
+#endif
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

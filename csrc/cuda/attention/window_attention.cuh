@@ -1,6 +1,7 @@
 // The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
 // in shared memory before the query exists, eight or few times eight in each warp, and one of them
-// merges the softmaxes of all warps.
+// merges the softmaxes of all warps. In a batch, whose rows are more than fit, a warp's tiles are a
+// ring: the rest of its rows follow as the first ones are done.
 #pragma once
 
 #include "../dsmem.cuh"
@@ -13,6 +14,8 @@ namespace tlinformer::cuda {
 
 constexpr int kWindowWarps = 8, kWindowThreads = 32 * kWindowWarps;
 constexpr int kWindowCluster = 8;  // most blocks of a head
+constexpr int kWindowTiles = 8;    // most of a warp's ring
+constexpr int kWindowMemory = 200 * 1024;  // of a batch's blocks together, on a multiprocessor
 
 // What a block of `blocks` for a head keeps, in bytes: each warp's tiles of eight keys and values;
 // of the queries that this block merges and of both softmaxes, the records of all warps.
@@ -22,16 +25,23 @@ struct WindowPlaces {
   static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
   static constexpr int kTileBytes = ((kEight + kAligned - 1) * d * 2 + 15) / 16 * 16;
   static constexpr int kRecord = d + 2;
-  int tiles, records, end;  // tiles of a warp
+  int records, end;
 
-  __host__ __device__ WindowPlaces(int most_rows, int group, int blocks) {
+  // Tiles of a warp for all of its rows.
+  static int tiles_of(int most_rows, int blocks) {
     const int warps = blocks * kWindowWarps;
-    tiles = (most_rows / kEight + 2 + warps - 1) / warps;
+    return (most_rows / kEight + 2 + warps - 1) / warps;
+  }
+  __host__ __device__ WindowPlaces(int tiles, int group, int blocks) {
+    const int warps = blocks * kWindowWarps;
     records = kWindowWarps * tiles * 2 * kTileBytes;
     end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
   }
   bool fits() const { return end <= 160 * 1024; }
 };
+
+// Blocks that a multiprocessor's registers hold.
+constexpr int window_blocks_each(int d) { return d <= 48 ? 3 : d <= 96 ? 2 : 1; }
 
 // A key and its value on their way into a warp's tile, 4 elements at a time.
 template <class T, int d>
@@ -121,14 +131,16 @@ __device__ void merge_records(const float* records, int count, int first, float*
 }
 
 template <class T, int d>
-__global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
-    tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks) {
+__global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
+    tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks,
+                          int tiles_each) {
   using Places = WindowPlaces<d>;
   using Rows = EightRows<T, d>;
   constexpr int kRecord = Places::kRecord;
   let_next_start();
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kWindowWarps], all_records;
+  __shared__ uint64_t refilled[kWindowWarps][kWindowTiles];
   __shared__ SequenceState known, current;
   __shared__ __align__(8) float parts[kWindowWarps][d];  // of an output
   const int blocks = 1 << shift_blocks,
@@ -139,10 +151,11 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
-  const Places places(most, group, blocks);
+  const Places places(tiles_each, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
   if (lane == 0) prepare_copies(&arrived[warp]);
+  if (lane < min(tiles_each, kWindowTiles)) prepare_copies(&refilled[warp][lane]);
   if (threadIdx.x == 0 && blocks > 1) dsmem::barrier_init(record_barrier, 1);
   __syncwarp();
   if (blocks > 1) dsmem::arrive_at_blocks();
@@ -167,7 +180,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   const int first_row = a.window_follows_history ? history : 0;
   const int window_shift = first_row % Places::kAligned;
   constexpr int kValues = Places::kTileBytes / static_cast<int>(sizeof(T));  // behind the keys
-  char* const tiles = memory + warp * places.tiles * 2 * Places::kTileBytes;
+  char* const tiles = memory + warp * tiles_each * 2 * Places::kTileBytes;
   struct Unit {
     bool of_context;
     int first;  // of its rows
@@ -176,7 +189,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
     char* tile;
     T *keys, *values;
   };
-  const auto unit_of = [&](int turn) {
+  const auto unit_of = [&](int turn, int slot) {
     const int number = place + turn * warps;
     Unit u;
     u.of_context = number < context_units;
@@ -187,27 +200,28 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
                            int64_t{u.first + (u.of_context ? 0 : first_row)} * d;
     u.cached_keys = static_cast<const T*>(cache.keys) + offset;
     u.cached_values = static_cast<const T*>(cache.values) + offset;
-    u.tile = tiles + turn * 2 * Places::kTileBytes;
+    u.tile = tiles + slot * 2 * Places::kTileBytes;
     u.keys = reinterpret_cast<T*>(u.tile) + u.shift * d;
     u.values = u.keys + kValues;
     return u;
   };
-  const auto bytes_of = [&](const Unit& u) {
-    const int rows = min(kEight, (u.of_context ? context : cached) - u.first);
+  const auto bytes_of = [&](const Unit& u, int window_rows) {
+    const int rows = min(kEight, (u.of_context ? context : window_rows) - u.first);
     return rows <= 0 ? 0u : static_cast<uint32_t>(((u.shift + rows) * d * 2 + 15) / 16 * 16);
+  };
+  const auto copy = [&](const Unit& u, uint32_t part, uint64_t* barrier) {
+    copy_rows(u.tile, u.cached_keys - u.shift * d, part, barrier, lane);
+    copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, barrier, lane);
   };
   uint32_t bytes = 0;
 #pragma unroll 1
-  for (int turn = 0; turn < places.tiles; ++turn) bytes += 2 * bytes_of(unit_of(turn));
+  for (int turn = 0; turn < tiles_each; ++turn) bytes += 2 * bytes_of(unit_of(turn, turn), cached);
   if (bytes > 0) expect_copies(bytes, &arrived[warp], lane);
 #pragma unroll 1
-  for (int turn = 0; turn < places.tiles; ++turn) {
-    const Unit u = unit_of(turn);
-    const uint32_t part = bytes_of(u);
-    if (part == 0) continue;
-    copy_rows(u.tile, u.cached_keys - u.shift * d, part, &arrived[warp], lane);
-    copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, &arrived[warp],
-              lane);
+  for (int turn = 0; turn < tiles_each; ++turn) {
+    const Unit u = unit_of(turn, turn);
+    const uint32_t part = bytes_of(u, cached);
+    if (part > 0) copy(u, part, &arrived[warp]);
   }
   commit_copies();
   // The rows that no copy has brought: one more than there may be, as `own` is not known yet.
@@ -217,8 +231,9 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
     const int row = cached + i, number = context_units + row / kEight;
     const bool exists =
         row < most - context && int64_t{first_row + row + 1} * d <= a.window.head_stride;
-    if (!exists || (number & (warps - 1)) != place) continue;
-    const Unit u = unit_of(number >> shift_warps);
+    const int turn = number >> shift_warps;
+    if (!exists || (number & (warps - 1)) != place || turn >= tiles_each) continue;
+    const Unit u = unit_of(turn, turn);
     const int at = row % kEight * d;
     newer[i].aim(u.cached_keys + at, u.cached_values + at, u.keys + at, u.values + at);
   }
@@ -240,6 +255,13 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   const int window = static_cast<int>(current.last) - history + 1,
             window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
+  // What has no tile yet follows in the order of its use: for one query after the other.
+  const int turns = (units - place + warps - 1) >> shift_warps;
+  const bool streams = turns > tiles_each;
+  int slot = 0, to_fetch = streams ? group * turns - tiles_each : 0, next_turn = tiles_each;
+  bool refill = false;  // the tiles in use are not the first ones
+  uint32_t parity = 1;
+  if (streams) order_copies_after_stores();
   // Query i is merged by block i % blocks. A softmax's records are as many as warps with
   // rows of it.
   const int merges = max(group - block + blocks - 1, 0) >> shift_blocks;
@@ -255,6 +277,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
     typename Rows::Query next;
     if (i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     int turn = 0;
+    if (!streams) slot = 0;
 #pragma unroll 1
     for (int softmax = 0; softmax < 2; ++softmax) {
       const int first = turn, end = softmax == 0 ? context_units : units;
@@ -264,9 +287,25 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
         const int number = place + turn * warps;
         const int left =
             softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
-        const T* const keys = reinterpret_cast<const T*>(tiles + turn * 2 * Places::kTileBytes) +
+        const T* const keys = reinterpret_cast<const T*>(tiles + slot * 2 * Places::kTileBytes) +
                               (softmax == 0 ? 0 : window_shift * d);
+        if (refill) await_tile<1>(&refilled[warp][slot], parity, false);
         rows.add(query, keys, keys + kValues, min(kEight, left));
+        if (to_fetch > 0) {
+          __syncwarp();  // all have read what is overwritten
+          const Unit u = unit_of(next_turn, slot);
+          const uint32_t part = bytes_of(u, window);
+          expect_copies(2 * part, &refilled[warp][slot], lane);
+          copy(u, part, &refilled[warp][slot]);
+          commit_copies();
+          --to_fetch;
+          if (++next_turn == turns) next_turn = 0;
+        }
+        if (++slot == tiles_each && streams) {
+          slot = 0;
+          refill = true;
+          parity ^= 1;
+        }
       }
       if (turn == first) continue;
       const int number = softmax == 0 ? place : (place + first * warps - context_units);
@@ -316,32 +355,57 @@ inline bool has_clusters() {
   return has;
 }
 
-// Blocks of a head: as many as the multiprocessors and the rows have work for; none if the rows do
-// not fit.
+// How the heads' rows are dealt.
+struct WindowGrid {
+  int blocks = 0;  // of a head; 0: another kernel has to do it
+  int tiles = 0;   // of a warp
+};
+
+// As many blocks of a head as the multiprocessors and the rows have work for. A single sequence has
+// all of its rows in shared memory, or takes another kernel; a batch a ring of as many tiles as
+// leave room for several blocks of a multiprocessor.
 template <int d>
-int window_attention_blocks(const DecodeAttention& a) {
-  if (a.most_rows <= 0 || a.most_rows > 16384) return 0;
+WindowGrid window_grid(const DecodeAttention& a) {
+  if (a.most_rows <= 0 || a.most_rows > 16384) return {};
+  using Places = WindowPlaces<d>;
   const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
   const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
-  int blocks = 1;
-  while (blocks < most && 2 * blocks * heads <= multiprocessors() &&
-         rows > blocks * kWindowWarps * kEight) {
-    blocks *= 2;
+  const bool single = a.batch == 1;
+  const int each = knobs.window_each > 0 ? knobs.window_each : window_blocks_each(d);
+  const int places = single ? multiprocessors() : multiprocessors() * each;
+  WindowGrid grid{1, 0};
+  while (grid.blocks < most && 2 * grid.blocks * heads <= places &&
+         rows > grid.blocks * kWindowWarps * kEight) {
+    grid.blocks *= 2;
   }
-  while (blocks < most && !WindowPlaces<d>(rows, group, blocks).fits()) blocks *= 2;
-  return WindowPlaces<d>(rows, group, blocks).fits() ? blocks : 0;
+  const auto fits = [&] {
+    grid.tiles = Places::tiles_of(rows, grid.blocks);
+    return Places(grid.tiles, group, grid.blocks).fits();
+  };
+  if (single) {
+    while (grid.blocks < most && !fits()) grid.blocks *= 2;
+    return fits() ? grid : WindowGrid{};
+  }
+  fits();
+  grid.tiles = std::min(grid.tiles, knobs.window_tiles);
+  while (grid.tiles > 1 &&
+         Places(grid.tiles, group, grid.blocks).end > kWindowMemory / each) {
+    --grid.tiles;
+  }
+  return grid;
 }
 
 template <class T, int d>
-void launch_window_attention(const DecodeAttention& a, int blocks, const Launch& how) {
+void launch_window_attention(const DecodeAttention& a, WindowGrid grid, const Launch& how) {
   Launch clusters = how;
-  clusters.cluster = blocks;
-  const WindowPlaces<d> places(static_cast<int>(a.most_rows), a.query_heads / a.kv_heads, blocks);
+  clusters.cluster = grid.blocks;
+  const WindowPlaces<d> places(grid.tiles, a.query_heads / a.kv_heads, grid.blocks);
+  if (a.batch > 1) clusters.shared_percent = knobs.window_percent;  // room for several blocks
   int shift = 0;
-  while (1 << shift < blocks) ++shift;
+  while (1 << shift < grid.blocks) ++shift;
   launch(clusters, tlin_window_attention<T, d>, "window attention",
-         dim3(static_cast<unsigned>(a.kv_heads * blocks), static_cast<unsigned>(a.batch)),
-         kWindowThreads, static_cast<size_t>(places.end), a, shift);
+         dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
+         kWindowThreads, static_cast<size_t>(places.end), a, shift, grid.tiles);
 }
 
 }  // namespace tlinformer::cuda
