@@ -13,12 +13,13 @@ namespace gpu {
 
 class StepProfile {
  public:
-  // Of `repeats` calls of work(stream), which launches nothing but kernels, one after the other.
-  StepProfile(int repeats, const std::function<void(cudaStream_t)>& work) : repeats_(repeats) {
+  // Of `repeats` calls of work(launch), which launches nothing but kernels, one after the other.
+  StepProfile(int repeats, const std::function<void(const tlinformer::cuda::Launch&)>& work)
+      : repeats_(repeats) {
     check(cudaStreamCreate(&stream_), "cudaStreamCreate");
-    work(stream_);
+    work({stream_, false});
     check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < repeats; ++i) work(stream_);
+    for (int i = 0; i < repeats; ++i) work({stream_, i > 0});
     check(cudaStreamEndCapture(stream_, &graph_), "capture");
     order_ = in_order(graph_);
     for (cudaGraphNode_t node : order_) names_.push_back(name_of(node));

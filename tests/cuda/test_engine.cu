@@ -307,7 +307,7 @@ void bench_batch(const char* name, const Config& config, int64_t length, int64_t
                          {device.arena->data(), device.plan.total_bytes()});
   const auto workspace = cuda::Workspace::layout(config, device.plan);
   const cuda::Step step(same, workspace, same.arena + device.plan.find("workspace")->offset);
-  const gpu::StepProfile profile(8, [&](cudaStream_t stream) { step.push({stream, true}); });
+  const gpu::StepProfile profile(8, [&](const cuda::Launch& how) { step.push(how); });
   std::printf("  all but the draw and the launch of a graph: %.2f us\n", profile.report());
 }
 
@@ -333,7 +333,7 @@ int main(int argc, char** argv) {
                          &cuda::knobs.window_each, &cuda::knobs.window_tiles, &cuda::knobs.rows};
       for (int i = 4; i < argc; ++i) *to[i - 4] = std::atoi(argv[i]);
       bench_batch("41M", product_config(432, 12, 1280), lengths[0], std::atoll(argv[3]));
-      bench_batch("D512", product_config(512, 8, 1536), lengths[0], std::atoll(argv[3]));
+      if (argc == 4) bench_batch("D512", product_config(512, 8, 1536), lengths[0], std::atoll(argv[3]));
       return 0;
     }
     bench("41M", product_config(432, 12, 1280), lengths);
