@@ -16,11 +16,8 @@ inline void check(cudaError_t status, const char* what) {
   throw Error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// For measurements alone, until they are made.
-struct Knobs {
-  int products_percent = 14, window_percent = 100, window_each = 0, window_tiles = 8, rows = 0;
-};
-inline Knobs knobs;
+// Percent of a multiprocessor's memory that is shared memory, the rest is its L1 cache.
+constexpr int kLeastShared = 14, kAllShared = 100;
 
 struct Launch {
   cudaStream_t stream = nullptr;
@@ -29,8 +26,9 @@ struct Launch {
   bool early = false;
   int cluster = 1;  // blocks of the grid's x that share their memory
   // Of a kernel that may start early. Weights pass through the L1 cache on their way into registers:
-  // the kernels of a step leave it most of the memory, all of them alike, if they can.
-  int shared_percent = 14;
+  // the kernels of a step leave it most of the memory, if they can. Kernels that differ in this do
+  // not run beside each other on a multiprocessor.
+  int shared_percent = kLeastShared;
 };
 
 // Threads of every block call this before they read or write anything that an earlier kernel of
@@ -51,16 +49,17 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Sets an attribute of a kernel to at least `value`. Asking the runtime takes a microsecond or two,
-// so each thread remembers what it has set, for each device.
+// Sets an attribute of a kernel to `value`, or leaves more where more does no harm. Asking the
+// runtime takes a microsecond or two, so each thread remembers what it has set, for each device.
 template <class Kernel>
 void set_attribute(Kernel* kernel, cudaFuncAttribute attribute, int value, const char* name) {
+  const bool more = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
   thread_local std::map<std::tuple<int, const void*, cudaFuncAttribute>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), name);
   const void* const function = reinterpret_cast<const void*>(kernel);
   int& set = known.try_emplace({device, function, attribute}, -1).first->second;
-  if (set >= value) return;
+  if (more ? set >= value : set == value) return;
   check(cudaFuncSetAttribute(function, attribute, value), name);
   set = value;
 }
@@ -73,7 +72,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = how.stream;
-  cudaLaunchAttribute attributes[3]{};
+  cudaLaunchAttribute attributes[2]{};
   config.attrs = attributes;
   if (how.early) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
@@ -90,13 +89,9 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
     set_attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                   static_cast<int>(shared_bytes), name);
   }
-#if CUDART_VERSION >= 12060  // else the driver chooses
   if (how.early) {
-    cudaLaunchAttribute& shared = attributes[config.numAttrs++];
-    shared.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-    shared.val.sharedMemCarveout = static_cast<unsigned>(how.shared_percent);
+    set_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, how.shared_percent, name);
   }
-#endif
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
@@ -111,15 +106,19 @@ bool compiled_for(Kernel* kernel, int architecture) {
 }
 
 // Of the current device; asked once. Without one a plan can still be made, as for an H200.
-inline int multiprocessors() {
-  static const int count = [] {
+template <cudaDeviceAttr ATTRIBUTE>
+int of_device(int of_h200) {
+  static const int value = [&] {
     int device = 0, n = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 132;
-    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device),
-          "cudaDeviceGetAttribute");
+    if (cudaGetDevice(&device) != cudaSuccess) return of_h200;
+    check(cudaDeviceGetAttribute(&n, ATTRIBUTE, device), "cudaDeviceGetAttribute");
     return n;
   }();
-  return count;
+  return value;
+}
+inline int multiprocessors() { return of_device<cudaDevAttrMultiProcessorCount>(132); }
+inline int shared_memory_of_block() {  // at most, in bytes
+  return of_device<cudaDevAttrMaxSharedMemoryPerBlockOptin>(227 * 1024);
 }
 
 }  // namespace tlinformer::cuda

@@ -329,11 +329,9 @@ int main(int argc, char** argv) {
     std::vector<int64_t> lengths{1 << 10, 1 << 14, 1 << 17, 1 << 20};
     if (argc > 2) lengths = {std::atoll(argv[2])};
     if (argc > 3) {
-      int* const to[] = {&cuda::knobs.products_percent, &cuda::knobs.window_percent,
-                         &cuda::knobs.window_each, &cuda::knobs.window_tiles, &cuda::knobs.rows};
-      for (int i = 4; i < argc; ++i) *to[i - 4] = std::atoi(argv[i]);
-      bench_batch("41M", product_config(432, 12, 1280), lengths[0], std::atoll(argv[3]));
-      if (argc == 4) bench_batch("D512", product_config(512, 8, 1536), lengths[0], std::atoll(argv[3]));
+      const int64_t batch = std::atoll(argv[3]);
+      bench_batch("41M", product_config(432, 12, 1280), lengths[0], batch);
+      bench_batch("D512", product_config(512, 8, 1536), lengths[0], batch);
       return 0;
     }
     bench("41M", product_config(432, 12, 1280), lengths);

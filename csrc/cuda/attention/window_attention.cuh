@@ -1,7 +1,7 @@
 // The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
 // in shared memory before the query exists, eight or few times eight in each warp, and one of them
-// merges the softmaxes of all warps. In a batch, whose rows are more than fit, a warp's tiles are a
-// ring: the rest of its rows follow as the first ones are done.
+// merges the softmaxes of all warps. In a batch, whose rows may be more than fit, a warp's tiles are
+// a ring: the rest of its rows follow as the first ones are done.
 #pragma once
 
 #include "../dsmem.cuh"
@@ -12,14 +12,26 @@
 
 namespace tlinformer::cuda {
 
-constexpr int kWindowWarps = 8, kWindowThreads = 32 * kWindowWarps;
+// Heads of all sequences together: one sequence's; no more than multiprocessors; or more.
+enum class Heads { single, few, many };
+
+// Few heads' blocks have a multiprocessor each and fill half of its registers, beside the kernel
+// before. Of many, as many blocks run on one as its registers hold.
+constexpr int window_warps(Heads heads) { return heads == Heads::few ? 16 : 8; }
+constexpr int window_blocks_each(Heads heads, int d) {
+  if (heads == Heads::few) return d <= 64 ? 2 : 1;
+  if (heads == Heads::single) return d <= 96 ? 2 : 1;
+  return d <= 48 ? 3 : d <= 96 ? 2 : 1;
+}
 constexpr int kWindowCluster = 8;  // most blocks of a head
-constexpr int kWindowTiles = 8;    // most of a warp's ring
-constexpr int kWindowMemory = 200 * 1024;  // of a batch's blocks together, on a multiprocessor
+constexpr int kWindowTiles = 16;   // most of a warp's ring
+// Shared memory of the blocks on a multiprocessor, in bytes. Beside few heads' there is room for
+// the kernels before and after.
+constexpr int kFewMemory = 210 * 1024, kManyMemory = 200 * 1024;
 
 // What a block of `blocks` for a head keeps, in bytes: each warp's tiles of eight keys and values;
 // of the queries that this block merges and of both softmaxes, the records of all warps.
-template <int d>
+template <int d, int WARPS>
 struct WindowPlaces {
   // The first of an odd number of rows may lie behind one more, where copies may begin.
   static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
@@ -29,19 +41,15 @@ struct WindowPlaces {
 
   // Tiles of a warp for all of its rows.
   static int tiles_of(int most_rows, int blocks) {
-    const int warps = blocks * kWindowWarps;
+    const int warps = blocks * WARPS;
     return (most_rows / kEight + 2 + warps - 1) / warps;
   }
   __host__ __device__ WindowPlaces(int tiles, int group, int blocks) {
-    const int warps = blocks * kWindowWarps;
-    records = kWindowWarps * tiles * 2 * kTileBytes;
+    const int warps = blocks * WARPS;
+    records = WARPS * tiles * 2 * kTileBytes;
     end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
   }
-  bool fits() const { return end <= 160 * 1024; }
 };
-
-// Blocks that a multiprocessor's registers hold.
-constexpr int window_blocks_each(int d) { return d <= 48 ? 3 : d <= 96 ? 2 : 1; }
 
 // A key and its value on their way into a warp's tile, 4 elements at a time.
 template <class T, int d>
@@ -79,12 +87,12 @@ class NewRow {
   T* to_[kLoads] = {};
 };
 
-// A warp's part of one softmax's output from the records of `count` warps: of every fourth of
+// A warp's part of one softmax's output from the records of `count` warps: of every STEP-th of
 // them, from `first` on, over the weights of all. All zeros of none.
-template <class T, int d>
+template <class T, int d, int WARPS, int STEP>
 __device__ void merge_records(const float* records, int count, int first, float* to) {
   using Rows = EightRows<T, d>;
-  constexpr int kRecord = d + 2, kMost = kWindowCluster * kWindowWarps / 32;
+  constexpr int kRecord = d + 2, kMost = kWindowCluster * WARPS / 32;
   const int lane = threadIdx.x % 32;
   float2 measure[kMost];
   float most = kMinusInfinity;
@@ -106,8 +114,8 @@ __device__ void merge_records(const float* records, int count, int first, float*
   for (int i = 0; i < kMost; ++i) {
     if (32 * i >= count) break;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int r = 4 * j + first;
+    for (int j = 0; j < 32 / STEP; ++j) {
+      const int r = STEP * j + first;
       const float own = __shfl_sync(0xffffffffu, weight[i], r);
       if (lane >= Rows::kValueLanes) continue;
       // The last record again does no harm with a weight of zero.
@@ -130,22 +138,22 @@ __device__ void merge_records(const float* records, int count, int first, float*
   }
 }
 
-template <class T, int d>
-__global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
+template <class T, int d, Heads HEADS>
+__global__ void __launch_bounds__(32 * window_warps(HEADS), window_blocks_each(HEADS, d))
     tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks,
                           int tiles_each) {
-  using Places = WindowPlaces<d>;
+  constexpr int kWarps = window_warps(HEADS);
+  constexpr bool kRing = HEADS != Heads::single;  // else all rows have their tile
+  using Places = WindowPlaces<d, kWarps>;
   using Rows = EightRows<T, d>;
   constexpr int kRecord = Places::kRecord;
   let_next_start();
   extern __shared__ __align__(128) char memory[];
-  __shared__ uint64_t arrived[kWindowWarps], all_records;
-  __shared__ uint64_t refilled[kWindowWarps][kWindowTiles];
+  __shared__ uint64_t arrived[kWarps][kRing ? kWindowTiles : 1], all_records;
   __shared__ SequenceState known, current;
-  __shared__ __align__(8) float parts[kWindowWarps][d];  // of an output
+  __shared__ __align__(8) float parts[kWarps][d];  // of an output
   const int blocks = 1 << shift_blocks,
-            shift_warps = shift_blocks + 3;  // a power of two, all of them
-  static_assert(kWindowWarps == 8);
+            shift_warps = shift_blocks + (kWarps == 16 ? 4 : 3);  // a power of two, all of them
   const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
   const int sequence = blockIdx.y;
   const int group = a.query_heads / a.kv_heads;
@@ -154,8 +162,7 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
   const Places places(tiles_each, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
-  if (lane == 0) prepare_copies(&arrived[warp]);
-  if (lane < min(tiles_each, kWindowTiles)) prepare_copies(&refilled[warp][lane]);
+  if (lane < (kRing ? tiles_each : 1)) prepare_copies(&arrived[warp][lane]);
   if (threadIdx.x == 0 && blocks > 1) dsmem::barrier_init(record_barrier, 1);
   __syncwarp();
   if (blocks > 1) dsmem::arrive_at_blocks();
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
   const int cached =
       static_cast<int>(min(max(known.last - history, int64_t{0}), int64_t{most - context}));
   // Units of eight rows, first those of the context, then the window's, are dealt to all warps.
-  const int warps = blocks * kWindowWarps, place = block + warp * blocks;
+  const int warps = blocks * kWarps, place = block + warp * blocks;
   const int context_units = (context + kEight - 1) / kEight;
   const int first_row = a.window_follows_history ? history : 0;
   const int window_shift = first_row % Places::kAligned;
@@ -214,27 +221,37 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
     copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, barrier, lane);
   };
   uint32_t bytes = 0;
+  if constexpr (!kRing) {
 #pragma unroll 1
-  for (int turn = 0; turn < tiles_each; ++turn) bytes += 2 * bytes_of(unit_of(turn, turn), cached);
-  if (bytes > 0) expect_copies(bytes, &arrived[warp], lane);
+    for (int turn = 0; turn < tiles_each; ++turn) {
+      bytes += 2 * bytes_of(unit_of(turn, turn), cached);
+    }
+    if (bytes > 0) expect_copies(bytes, arrived[warp], lane);
+  }
 #pragma unroll 1
   for (int turn = 0; turn < tiles_each; ++turn) {
     const Unit u = unit_of(turn, turn);
     const uint32_t part = bytes_of(u, cached);
-    if (part > 0) copy(u, part, &arrived[warp]);
+    uint64_t* const barrier = &arrived[warp][kRing ? turn : 0];
+    if (kRing) expect_copies(2 * part, barrier, lane);  // also of none: somebody waits for it
+    if (part > 0) copy(u, part, barrier);
   }
   commit_copies();
   // The rows that no copy has brought: one more than there may be, as `own` is not known yet.
   NewRow<T, d> newer[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  const auto turn_of_newer = [&](int i) {  // none: -1
     const int row = cached + i, number = context_units + row / kEight;
     const bool exists =
         row < most - context && int64_t{first_row + row + 1} * d <= a.window.head_stride;
     const int turn = number >> shift_warps;
-    if (!exists || (number & (warps - 1)) != place || turn >= tiles_each) continue;
+    return exists && (number & (warps - 1)) == place && turn < tiles_each ? turn : -1;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int turn = turn_of_newer(i);
+    if (turn < 0) continue;
     const Unit u = unit_of(turn, turn);
-    const int at = row % kEight * d;
+    const int at = (cached + i) % kEight * d;
     newer[i].aim(u.cached_keys + at, u.cached_values + at, u.keys + at, u.values + at);
   }
   // The other blocks have started: their barriers are there.
@@ -247,20 +264,37 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
 #pragma unroll
   for (auto& row : newer) row.load();
   fetch_state(&current);
-  if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
+  if constexpr (!kRing) {
+    if (bytes > 0) await_tile<1>(arrived[warp], 0, false);
 #pragma unroll
-  for (const auto& row : newer) row.store();
+    for (const auto& row : newer) row.store();
+  }
   __syncthreads();
-  if (current.live == 0) return;
+  if (current.live == 0) {
+    // No copy may be under way into memory that is no longer this block's.
+    for (int turn = 0; kRing && turn < tiles_each; ++turn) {
+      await_tile<1>(&arrived[warp][turn], 0, false);
+    }
+    return;
+  }
+  if constexpr (kRing) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int turn = turn_of_newer(i);
+      if (turn < 0) continue;
+      await_tile<1>(&arrived[warp][turn], 0, false);
+      newer[i].store();
+    }
+    __syncwarp();
+  }
   const int window = static_cast<int>(current.last) - history + 1,
             window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
   // What has no tile yet follows in the order of its use: for one query after the other.
   const int turns = (units - place + warps - 1) >> shift_warps;
-  const bool streams = turns > tiles_each;
+  const bool streams = kRing && turns > tiles_each;
   int slot = 0, to_fetch = streams ? group * turns - tiles_each : 0, next_turn = tiles_each;
-  bool refill = false;  // the tiles in use are not the first ones
-  uint32_t parity = 1;
+  uint32_t parity = 0;  // of the ring's rounds
   if (streams) order_copies_after_stores();
   // Query i is merged by block i % blocks. A softmax's records are as many as warps with
   // rows of it.
@@ -274,8 +308,10 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
 
 #pragma unroll 1
   for (int i = 0; i < group; ++i) {
+    // Few heads' registers have no room for two queries; then other warps hide the wait.
+    constexpr bool kNext = HEADS != Heads::few;
     typename Rows::Query next;
-    if (i + 1 < group) next = Rows::load(queries + (i + 1) * d);
+    if (kNext && i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     int turn = 0;
     if (!streams) slot = 0;
 #pragma unroll 1
@@ -289,21 +325,20 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
             softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
         const T* const keys = reinterpret_cast<const T*>(tiles + slot * 2 * Places::kTileBytes) +
                               (softmax == 0 ? 0 : window_shift * d);
-        if (refill) await_tile<1>(&refilled[warp][slot], parity, false);
+        if (kRing) await_tile<1>(&arrived[warp][slot], parity, false);
         rows.add(query, keys, keys + kValues, min(kEight, left));
-        if (to_fetch > 0) {
+        if (kRing && to_fetch > 0) {
           __syncwarp();  // all have read what is overwritten
           const Unit u = unit_of(next_turn, slot);
           const uint32_t part = bytes_of(u, window);
-          expect_copies(2 * part, &refilled[warp][slot], lane);
-          copy(u, part, &refilled[warp][slot]);
+          expect_copies(2 * part, &arrived[warp][slot], lane);
+          copy(u, part, &arrived[warp][slot]);
           commit_copies();
           --to_fetch;
           if (++next_turn == turns) next_turn = 0;
         }
         if (++slot == tiles_each && streams) {
           slot = 0;
-          refill = true;
           parity ^= 1;
         }
       }
@@ -319,6 +354,7 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
         rows.finish([&](int at, float2 x) { dsmem::send(to + 4 * at, x, barrier); });
       }
     }
+    if (!kNext && i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     query = next;
   }
   if (merges == 0) return;
@@ -332,7 +368,7 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
   for (int m = 0; m < merges; ++m) {
     if (m > 0) __syncthreads();
     const float* const from = records + (((m * 2 + softmax) << shift_warps)) * kRecord;
-    merge_records<T, d>(from, count, warp / 2, parts[warp]);
+    merge_records<T, d, kWarps, kWarps / 2>(from, count, warp / 2, parts[warp]);
     __syncthreads();
     if (warp > 0 || lane >= Rows::kValueLanes) continue;
     T* const to = static_cast<T*>(a.output) + (first_query + block + (m << shift_blocks)) * d;
@@ -341,7 +377,7 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
       const int at = Rows::kOwnValues * lane + i;
       float2 sum = {0, 0};
 #pragma unroll
-      for (int w = 0; w < kWindowWarps; ++w) {
+      for (int w = 0; w < kWarps; ++w) {
         const float2 part = *reinterpret_cast<const float2*>(&parts[w][at]);
         sum = {sum.x + part.x, sum.y + part.y};
       }
@@ -351,61 +387,81 @@ __global__ void __launch_bounds__(kWindowThreads, window_blocks_each(d))
 }
 
 inline bool has_clusters() {
-  static const bool has = compiled_for(tlin_window_attention<bf16, 64>, 90);
+  static const bool has = compiled_for(tlin_window_attention<bf16, 64, Heads::single>, 90);
   return has;
 }
 
 // How the heads' rows are dealt.
 struct WindowGrid {
+  Heads heads = Heads::single;
   int blocks = 0;  // of a head; 0: another kernel has to do it
   int tiles = 0;   // of a warp
 };
 
 // As many blocks of a head as the multiprocessors and the rows have work for. A single sequence has
-// all of its rows in shared memory, or takes another kernel; a batch a ring of as many tiles as
-// leave room for several blocks of a multiprocessor.
-template <int d>
-WindowGrid window_grid(const DecodeAttention& a) {
-  if (a.most_rows <= 0 || a.most_rows > 16384) return {};
-  using Places = WindowPlaces<d>;
+// all of its rows in shared memory, or takes another kernel; a batch as many tiles as there is room.
+template <int d, Heads HEADS>
+WindowGrid window_grid_of(const DecodeAttention& a) {
+  constexpr int kWarps = window_warps(HEADS);
+  using Places = WindowPlaces<d, kWarps>;
   const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
   const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
-  const bool single = a.batch == 1;
-  const int each = knobs.window_each > 0 ? knobs.window_each : window_blocks_each(d);
-  const int places = single ? multiprocessors() : multiprocessors() * each;
-  WindowGrid grid{1, 0};
-  while (grid.blocks < most && 2 * grid.blocks * heads <= places &&
-         rows > grid.blocks * kWindowWarps * kEight) {
+  WindowGrid grid{HEADS, 1, 0};
+  while (grid.blocks < most && 2 * grid.blocks * heads <= multiprocessors() &&
+         rows > grid.blocks * kWarps * kEight) {
     grid.blocks *= 2;
   }
-  const auto fits = [&] {
-    grid.tiles = Places::tiles_of(rows, grid.blocks);
-    return Places(grid.tiles, group, grid.blocks).fits();
-  };
-  if (single) {
+  const auto bytes = [&] { return Places(grid.tiles, group, grid.blocks).end; };
+  if constexpr (HEADS == Heads::single) {
+    const auto fits = [&] {
+      grid.tiles = Places::tiles_of(rows, grid.blocks);
+      return bytes() <= 160 * 1024;
+    };
     while (grid.blocks < most && !fits()) grid.blocks *= 2;
     return fits() ? grid : WindowGrid{};
   }
-  fits();
-  grid.tiles = std::min(grid.tiles, knobs.window_tiles);
-  while (grid.tiles > 1 &&
-         Places(grid.tiles, group, grid.blocks).end > kWindowMemory / each) {
-    --grid.tiles;
-  }
-  return grid;
+  constexpr int kOthers = 16 * 1024;  // that is not dynamic
+  const int each = std::min((heads + multiprocessors() - 1) / multiprocessors(),
+                            window_blocks_each(HEADS, d));
+  const int most_bytes = shared_memory_of_block() - kOthers;
+  const int room = std::min((HEADS == Heads::few ? kFewMemory : kManyMemory) / each, most_bytes);
+  grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kWindowTiles);
+  while (grid.tiles > 1 && bytes() > room) --grid.tiles;
+  return bytes() <= most_bytes ? grid : WindowGrid{};
+}
+
+template <int d>
+WindowGrid window_grid(const DecodeAttention& a) {
+  if (a.most_rows <= 0 || a.most_rows > 16384) return {};
+  if (a.batch == 1) return window_grid_of<d, Heads::single>(a);
+  if (a.kv_heads * a.batch <= multiprocessors()) return window_grid_of<d, Heads::few>(a);
+  return window_grid_of<d, Heads::many>(a);
+}
+
+template <class T, int d, Heads HEADS>
+void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
+  constexpr int kWarps = window_warps(HEADS);
+  Launch clusters = how;
+  clusters.cluster = grid.blocks;
+  if (HEADS != Heads::single) clusters.shared_percent = kAllShared;
+  const WindowPlaces<d, kWarps> places(grid.tiles, a.query_heads / a.kv_heads, grid.blocks);
+  int shift = 0;
+  while (1 << shift < grid.blocks) ++shift;
+  launch(clusters, tlin_window_attention<T, d, HEADS>, "window attention",
+         dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
+         32 * kWarps, static_cast<size_t>(places.end), a, shift, grid.tiles);
 }
 
 template <class T, int d>
-void launch_window_attention(const DecodeAttention& a, WindowGrid grid, const Launch& how) {
-  Launch clusters = how;
-  clusters.cluster = grid.blocks;
-  const WindowPlaces<d> places(grid.tiles, a.query_heads / a.kv_heads, grid.blocks);
-  if (a.batch > 1) clusters.shared_percent = knobs.window_percent;  // room for several blocks
-  int shift = 0;
-  while (1 << shift < grid.blocks) ++shift;
-  launch(clusters, tlin_window_attention<T, d>, "window attention",
-         dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
-         kWindowThreads, static_cast<size_t>(places.end), a, shift, grid.tiles);
+void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
+  switch (grid.heads) {
+    case Heads::single:
+      return launch_window_attention<T, d, Heads::single>(a, grid, how);
+    case Heads::few:
+      return launch_window_attention<T, d, Heads::few>(a, grid, how);
+    case Heads::many:
+      return launch_window_attention<T, d, Heads::many>(a, grid, how);
+  }
 }
 
 }  // namespace tlinformer::cuda

@@ -13,8 +13,8 @@ namespace tlinformer::cuda::step {
 template <class T, int NT, int WARPS, int AHEAD>
 class NormedRows {
  public:
-  struct Shared {
-    float2 sums[WARPS][8 * NT];
+  struct Shared {  // of each warp's inputs: the mean, and the sum of squared differences from it
+    float2 measures[WARPS][8 * NT];
   };
 
   // Starts to fetch the parameters, which do not change within a token.
@@ -31,24 +31,29 @@ class NormedRows {
     for (int i = 0; i < AHEAD; ++i) load_parameters(i, i * WARPS);
   }
 
-  // Finds the mean and the deviation of each row from the sums of its differences from its first
-  // value, and of their squares: one pass. Any value of a row is within sqrt(width) standard
-  // deviations of the mean: the cancellation in the variance costs at most a factor of width in
-  // precision.
+  // Finds the mean and the deviation of each row, in one pass: from the sums of differences from a
+  // warp's first value, and of their squares, and from the warps' means. No value is asked for
+  // twice: many blocks want the same few words, which the L2 cache gives out one after the other.
+  // A value is within sqrt(n) standard deviations of the mean of n: the cancellation in a warp's
+  // sum of squares costs at most a factor of n in precision.
   __device__ void measure() {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    float first[NT];
-    float2 sum[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      first[n] = __ldcg(x_ + row_[n] + left_ - width_);
-      sum[n] = {0, 0};
-    }
-    const int slices = ceil_div(width_, kSlice), stride = AHEAD * WARPS;
+    float first[NT] = {};
+    float2 sum[NT] = {};
+    bool begun = false;  // what is past the end comes first
+    const int stride = AHEAD * WARPS;
 #pragma unroll 1
-    for (int chunk = (slices - 1) / stride * stride; chunk >= 0; chunk -= stride) {
+    for (int chunk = (ceil_div(width_, kSlice) - 1) / stride * stride; chunk >= 0;
+         chunk -= stride) {
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) load_x(i, chunk + i * WARPS);
+      if (!begun) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          first[n] = __shfl_sync(0xffffffffu, x_ahead_[0][n][0], lane - q);
+        }
+        begun = (chunk + warp_) * kSlice < width_;
+      }
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         const bool inside = (chunk + i * WARPS) * kSlice < left_;
@@ -63,24 +68,34 @@ class NormedRows {
         }
       }
     }
+    const float inverse = __fdividef(1.0f, fmaxf(inputs_of(warp_), 1.0f));
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      sum[n] = of_row(sum[n]);
-      if (q == 0) shared_.sums[warp_][8 * n + g] = sum[n];
+      const float all = of_row(sum[n].x), squares = of_row(sum[n].y), shifted = all * inverse;
+      if (q == 0) shared_.measures[warp_][8 * n + g] = {first[n] + shifted, squares - all * shifted};
     }
     __syncthreads();
+    const float inverse_width = __fdividef(1.0f, width_);
+    constexpr int kOwn = WARPS / 4;  // warps of which a lane brings the measures together
+    float count[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) count[i] = inputs_of(4 * i + q);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      sum[n] = {0, 0};
+      float2 part[kOwn];
+      float weighted = 0, squares = 0;
 #pragma unroll
-      for (int warp = 0; warp < WARPS; warp += 4) {
-        const float2 part = shared_.sums[warp + q][8 * n + g];
-        sum[n] = {sum[n].x + part.x, sum[n].y + part.y};
+      for (int i = 0; i < kOwn; ++i) {
+        part[i] = shared_.measures[4 * i + q][8 * n + g];
+        weighted += count[i] * part[i].x;
       }
-      sum[n] = of_row(sum[n]);
-      const float shifted = __fdividef(sum[n].x, width_);
-      mean_[n] = first[n] + shifted;
-      scale_[n] = rsqrtf(__fdividef(sum[n].y, width_) - shifted * shifted + epsilon_);
+      mean_[n] = of_row(weighted) * inverse_width;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float difference = part[i].x - mean_[n];
+        squares += part[i].y + count[i] * difference * difference;
+      }
+      scale_[n] = rsqrtf(of_row(squares) * inverse_width + epsilon_);
     }
   }
 
@@ -104,13 +119,15 @@ class NormedRows {
   static_assert(WARPS % 4 == 0);
 
   // The sum over the four lanes that have a row, to all of them.
-  static __device__ float2 of_row(float2 sum) {
-#pragma unroll
-    for (int lane = 1; lane < 4; lane *= 2) {
-      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, lane);
-      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, lane);
-    }
-    return sum;
+  static __device__ float of_row(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+  }
+  // Of a row, how many a warp has.
+  __device__ float inputs_of(int warp) const {
+    const int slices = ceil_div(width_, kSlice), last = slices - 1;
+    const int past = last % WARPS == warp ? slices * kSlice - width_ : 0;
+    return static_cast<float>((slices - warp + WARPS - 1) / WARPS * kSlice - past);
   }
   // What is behind the last column is zero, and stays so.
   __device__ void load_parameters(int i, int slices) {

@@ -209,6 +209,8 @@ struct Fragments {
   __device__ uint4 at(int, int slice, int n) const { return of_lane[(slice * NT + n) * 32]; }
 };
 
+constexpr int kHeadShared = 30;  // percent; of more than 8 sequences
+
 template <int NT>
 constexpr int kHeadSlices = NT == 1 ? 8 : NT == 2 ? 6 : 4;  // slices in flight
 
@@ -352,7 +354,9 @@ void head_step(const HeadStep& p, const Launch& how) {
     const auto with = [&](auto groups) {
       constexpr int NT = decltype(groups)::value;
       const size_t shared = NT * 32 * sizeof(uint4) * ceil_div(p.hidden_size, kSlice);
-      launch(how, tlin_head_step<T, NT>, "head_step", grid_of<NT>(p, blocks), 32 * kHeadWarps,
+      Launch two = how;  // blocks are to fit on a multiprocessor
+      two.shared_percent = NT == 1 ? kLeastShared : kHeadShared;
+      launch(two, tlin_head_step<T, NT>, "head_step", grid_of<NT>(p, blocks), 32 * kHeadWarps,
              shared, p);
     };
     // As many at once as leave room for two blocks, of few kilobytes a row.

@@ -34,7 +34,6 @@ class Step {
     p.dtype = m_.dtype;
     p.batch = static_cast<int>(m_.plan.options().batch_size);
     p.state = at<const SequenceState>(w_.state);
-    p.rows_of_block = knobs.rows;
     return p;
   }
   template <class T>
