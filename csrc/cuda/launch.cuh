@@ -25,9 +25,9 @@ struct Launch {
   // must call wait_for_previous() in every thread before it touches what the token changes.
   bool early = false;
   int cluster = 1;  // blocks of the grid's x that share their memory
-  // Of a kernel that may start early. Weights pass through the L1 cache on their way into registers:
-  // the kernels of a step leave it most of the memory, if they can. Kernels that differ in this do
-  // not run beside each other on a multiprocessor.
+  // Of a kernel that may start early. Weights pass through the L1 cache on their way into
+  // registers: the kernels of a step leave it most of the memory, if they can. Kernels that differ
+  // in this do not run beside each other on a multiprocessor.
   int shared_percent = kLeastShared;
 };
 

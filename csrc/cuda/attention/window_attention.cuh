@@ -1,7 +1,7 @@
 // The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
 // in shared memory before the query exists, eight or few times eight in each warp, and one of them
-// merges the softmaxes of all warps. In a batch, whose rows may be more than fit, a warp's tiles are
-// a ring: the rest of its rows follow as the first ones are done.
+// merges the softmaxes of all warps. In a batch, whose rows may be more than fit, a warp's tiles
+// are a ring: the rest of its rows follow as the first ones are done.
 #pragma once
 
 #include "../dsmem.cuh"
@@ -399,7 +399,8 @@ struct WindowGrid {
 };
 
 // As many blocks of a head as the multiprocessors and the rows have work for. A single sequence has
-// all of its rows in shared memory, or takes another kernel; a batch as many tiles as there is room.
+// all of its rows in shared memory, or takes another kernel; a batch as many tiles as there is
+// room.
 template <int d, Heads HEADS>
 WindowGrid window_grid_of(const DecodeAttention& a) {
   constexpr int kWarps = window_warps(HEADS);
@@ -421,8 +422,8 @@ WindowGrid window_grid_of(const DecodeAttention& a) {
     return fits() ? grid : WindowGrid{};
   }
   constexpr int kOthers = 16 * 1024;  // that is not dynamic
-  const int each = std::min((heads + multiprocessors() - 1) / multiprocessors(),
-                            window_blocks_each(HEADS, d));
+  const int each =
+      std::min((heads + multiprocessors() - 1) / multiprocessors(), window_blocks_each(HEADS, d));
   const int most_bytes = shared_memory_of_block() - kOthers;
   const int room = std::min((HEADS == Heads::few ? kFewMemory : kManyMemory) / each, most_bytes);
   grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kWindowTiles);

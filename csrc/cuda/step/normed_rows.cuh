@@ -72,7 +72,8 @@ class NormedRows {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const float all = of_row(sum[n].x), squares = of_row(sum[n].y), shifted = all * inverse;
-      if (q == 0) shared_.measures[warp_][8 * n + g] = {first[n] + shifted, squares - all * shifted};
+      if (q == 0)
+        shared_.measures[warp_][8 * n + g] = {first[n] + shifted, squares - all * shifted};
     }
     __syncthreads();
     const float inverse_width = __fdividef(1.0f, width_);

@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(32 * kNormedWarps, NT == 1 ? 2 : 1)
   WeightStream<T, 1, kNormedAhead> stream({p.weight}, p.hidden_size, outputs, warp, kNormedWarps);
   stream.start(blockIdx.x);
   BlockSums<kNormedWarps, 1, NT> block_sums(shared);
-  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count,
-              p.hidden_size);
+  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count, p.hidden_size);
   const Outlet<kNormedWarps> outlet;
   const int output = blockIdx.x * kTile + outlet.output, row = own.first + outlet.row;
   const bool inside = outlet.row < own.count && output < outputs;
@@ -154,8 +153,8 @@ __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_step(const __grid_con
   float2 bias = {0, 0};
   if (inside && p.bias != nullptr) bias = load_pair<T>(p.bias, output);
   wait_for_previous();
-  PlainRows<T, NT, kAddAhead> inputs(
-      static_cast<const T*>(p.input) + int64_t{own.first} * p.inputs, own.count, p.inputs);
+  PlainRows<T, NT, kAddAhead> inputs(static_cast<const T*>(p.input) + int64_t{own.first} * p.inputs,
+                                     own.count, p.inputs);
 #pragma unroll
   for (int i = 0; i < kAddAhead; ++i) inputs.load(i, warp + i * kAddWarps);
   const bool live = inside && is_live(p, row);
@@ -183,8 +182,7 @@ __global__ void __launch_bounds__(32 * kNormedWarps, NT == 1 ? 2 : 1)
                                           kNormedWarps);
   stream.start(blockIdx.x);
   BlockSums<kNormedWarps, 2, NT> block_sums(shared);
-  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count,
-              p.hidden_size);
+  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count, p.hidden_size);
   const Outlet<kNormedWarps> outlet;
   const int output = blockIdx.x * kTile + outlet.output, row = own.first + outlet.row;
   const bool inside = outlet.row < own.count && output < p.intermediate_size;
@@ -212,7 +210,9 @@ struct Fragments {
 constexpr int kHeadShared = 30;  // percent; of more than 8 sequences
 
 template <int NT>
-constexpr int kHeadSlices = NT == 1 ? 8 : NT == 2 ? 6 : 4;  // slices in flight
+constexpr int kHeadSlices = NT == 1   ? 8
+                            : NT == 2 ? 6
+                                      : 4;  // slices in flight
 
 // A block has all of the vocabulary's tiles that are its own for 8 NT sequences at once, whose
 // normed rows are in shared memory as fragments.
@@ -228,12 +228,12 @@ __global__ void __launch_bounds__(32 * kHeadWarps, 2)
   int tile = warp * gridDim.x + blockIdx.x;
   WeightStream<T, 1, kHeadSlices<NT>, true> stream({p.embed}, p.hidden_size, p.vocab_size, 0, 1);
   stream.start(tile);
-  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count,
-              p.hidden_size);
+  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count, p.hidden_size);
   wait_for_previous();
   let_next_start();  // not before: see launch.cuh
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const unsigned live = __ballot_sync(0xffffffffu, lane < own.count && is_live(p, own.first + lane));
+  const unsigned live =
+      __ballot_sync(0xffffffffu, lane < own.count && is_live(p, own.first + lane));
   rows.measure();
   const int slices = ceil_div(p.hidden_size, kSlice);
 #pragma unroll 1
@@ -314,8 +314,8 @@ void project_step(const ProjectStep& p, const Launch& how) {
   with_rows(p, tiles, 2, [&](auto type, auto groups) {
     using T = typename decltype(type)::type;
     constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_project_step<T, NT>, "project_step", grid_of<NT>(p, tiles),
-           32 * kNormedWarps, BlockSums<kNormedWarps, 1, NT>::kBytes, p,
+    launch(how, tlin_project_step<T, NT>, "project_step", grid_of<NT>(p, tiles), 32 * kNormedWarps,
+           BlockSums<kNormedWarps, 1, NT>::kBytes, p,
            1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
   });
 }
@@ -361,7 +361,8 @@ void head_step(const HeadStep& p, const Launch& how) {
     };
     // As many at once as leave room for two blocks, of few kilobytes a row.
     constexpr int kRoom = 100 * 1024;
-    const int fit = kRoom / (ceil_div(p.hidden_size, kSlice) * 32 * static_cast<int>(sizeof(uint4)));
+    const int fit =
+        kRoom / (ceil_div(p.hidden_size, kSlice) * 32 * static_cast<int>(sizeof(uint4)));
     if (p.batch <= 8 || fit < 2) return with(std::integral_constant<int, 1>{});
     if (p.batch <= 16 || fit < 4) return with(std::integral_constant<int, 2>{});
     with(std::integral_constant<int, 4>{});
