@@ -17,7 +17,8 @@ enum class Heads { single, few, many };
 
 // Few heads' blocks have a multiprocessor each and fill half of its registers, beside the kernel
 // before. Of many, as many blocks run on one as its registers hold.
-constexpr int window_warps(Heads heads) { return heads == Heads::few ? 16 : 8; }
+template <Heads HEADS>
+constexpr int kWindowWarps = HEADS == Heads::few ? 16 : 8;
 constexpr int window_blocks_each(Heads heads, int d) {
   if (heads == Heads::few) return d <= 64 ? 2 : 1;
   if (heads == Heads::single) return d <= 96 ? 2 : 1;
@@ -139,10 +140,10 @@ __device__ void merge_records(const float* records, int count, int first, float*
 }
 
 template <class T, int d, Heads HEADS>
-__global__ void __launch_bounds__(32 * window_warps(HEADS), window_blocks_each(HEADS, d))
+__global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(HEADS, d))
     tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks,
                           int tiles_each) {
-  constexpr int kWarps = window_warps(HEADS);
+  constexpr int kWarps = kWindowWarps<HEADS>;
   constexpr bool kRing = HEADS != Heads::single;  // else all rows have their tile
   using Places = WindowPlaces<d, kWarps>;
   using Rows = EightRows<T, d>;
@@ -403,7 +404,7 @@ struct WindowGrid {
 // room.
 template <int d, Heads HEADS>
 WindowGrid window_grid_of(const DecodeAttention& a) {
-  constexpr int kWarps = window_warps(HEADS);
+  constexpr int kWarps = kWindowWarps<HEADS>;
   using Places = WindowPlaces<d, kWarps>;
   const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
   const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
@@ -441,7 +442,7 @@ WindowGrid window_grid(const DecodeAttention& a) {
 
 template <class T, int d, Heads HEADS>
 void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
-  constexpr int kWarps = window_warps(HEADS);
+  constexpr int kWarps = kWindowWarps<HEADS>;
   Launch clusters = how;
   clusters.cluster = grid.blocks;
   if (HEADS != Heads::single) clusters.shared_percent = kAllShared;
