@@ -36,9 +36,6 @@ void Step::feed(const Launch& how) const { feed_step(sample_, how); }
 
 void Step::push(const Launch& first) const {
   Launch how = first;
-  // A head's block that has a multiprocessor to itself fetches its rows beside the kernel before.
-  const bool beside = sample_.batch > 1 && sample_.batch * m_.kv_heads() <= multiprocessors();
-  if (beside) how.shared_percent = kAllShared;
   const auto next = [&how] {
     const Launch now = how;
     how.early = true;
