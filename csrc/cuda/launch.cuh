@@ -16,12 +16,19 @@ inline void check(cudaError_t status, const char* what) {
   throw Error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Percent of a multiprocessor's memory that is shared memory, the rest is its L1 cache.
+constexpr int kLeastShared = 14, kAllShared = 100;
+
 struct Launch {
   cudaStream_t stream = nullptr;
   // Programmatic dependent launch: the kernel may start while its predecessor still runs, and
   // must call wait_for_previous() in every thread before it touches what the token changes.
   bool early = false;
   int cluster = 1;  // blocks of the grid's x that share their memory
+  // Of a kernel that may start early. Weights pass through the L1 cache on their way into
+  // registers: the kernels of a step leave it most of the memory, if they can. Kernels that differ
+  // in this do not run beside each other on a multiprocessor.
+  int shared_percent = kLeastShared;
 };
 
 // Threads of every block call this before they read or write anything that an earlier kernel of
@@ -42,16 +49,17 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Sets an attribute of a kernel to at least `value`. Asking the runtime takes a microsecond or two,
-// so each thread remembers what it has set, for each device.
+// Sets an attribute of a kernel to `value`, or leaves more where more does no harm. Asking the
+// runtime takes a microsecond or two, so each thread remembers what it has set, for each device.
 template <class Kernel>
 void set_attribute(Kernel* kernel, cudaFuncAttribute attribute, int value, const char* name) {
+  const bool more = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
   thread_local std::map<std::tuple<int, const void*, cudaFuncAttribute>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), name);
   const void* const function = reinterpret_cast<const void*>(kernel);
   int& set = known.try_emplace({device, function, attribute}, -1).first->second;
-  if (set >= value) return;
+  if (more ? set >= value : set == value) return;
   check(cudaFuncSetAttribute(function, attribute, value), name);
   set = value;
 }
@@ -82,10 +90,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
                   static_cast<int>(shared_bytes), name);
   }
   if (how.early) {
-    // Weights pass through the L1 cache on their way into registers: the kernels of a step leave it
-    // most of the memory, all of them alike, if they can.
-    constexpr int kPercentShared = 14;
-    set_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercentShared, name);
+    set_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, how.shared_percent, name);
   }
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
@@ -101,15 +106,19 @@ bool compiled_for(Kernel* kernel, int architecture) {
 }
 
 // Of the current device; asked once. Without one a plan can still be made, as for an H200.
-inline int multiprocessors() {
-  static const int count = [] {
+template <cudaDeviceAttr ATTRIBUTE>
+int of_device(int of_h200) {
+  static const int value = [&] {
     int device = 0, n = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 132;
-    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device),
-          "cudaDeviceGetAttribute");
+    if (cudaGetDevice(&device) != cudaSuccess) return of_h200;
+    check(cudaDeviceGetAttribute(&n, ATTRIBUTE, device), "cudaDeviceGetAttribute");
     return n;
   }();
-  return count;
+  return value;
+}
+inline int multiprocessors() { return of_device<cudaDevAttrMultiProcessorCount>(132); }
+inline int shared_memory_of_block() {  // at most, in bytes
+  return of_device<cudaDevAttrMaxSharedMemoryPerBlockOptin>(227 * 1024);
 }
 
 }  // namespace tlinformer::cuda

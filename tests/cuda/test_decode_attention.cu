@@ -28,6 +28,7 @@ struct Case {
   std::vector<Lengths> sequences;
   float query_scale = 1;
   int blocks = 0;
+  bool planned = false;  // most rows are known
 };
 
 struct Random {
@@ -179,7 +180,7 @@ void test(const Case& c, unsigned seed) {
     a.context = one_region ? cached(device_window, window) : cached(device_context, context);
   a.window = cached(device_window, window);
   a.window_follows_history = c.follows;
-  a.most_rows = random.below(2) ? 0 : most_context + most_window;
+  a.most_rows = !c.planned && random.below(2) ? 0 : most_context + most_window;
   a.most_window_rows = random.below(2) ? 0 : most_window;
   a.scratch = scratch.data();
   a.blocks = c.blocks;
@@ -293,6 +294,12 @@ void test_sizes() {
                1 + static_cast<int>(random.below(20))},
               ++seed);
       test<T>({d, heads, kv_heads, ContextRows::compressed, true, one(1, 1), 8}, ++seed);
+      // So many heads that their rows have to follow one another through shared memory.
+      if (d != 36 && d != 64 && d != 128) continue;
+      std::vector<Lengths> some;
+      for (int s = 0; s < 70; ++s) some.push_back(lengths(s % 10 == 0 ? 1000 : 40));
+      some[0] = {1000 + random.below(9), 1, 100 + random.below(200), 1};
+      test<T>({d, heads, kv_heads, ContextRows::history, group == 2, some, 1, 0, true}, ++seed);
     }
   }
   // Uneven and large groups of heads, and scores that rise and fall by thousands.

@@ -1,12 +1,14 @@
 // The engine on a GPU against the engine on the CPU, and against itself. With the argument `bench`
-// it prints what a token, a prefill and a slide cost instead.
+// it prints what a token, a prefill and a slide cost instead; with `bench <history> <batch>` what a
+// token of a batch costs, and each kind of its kernels.
 #include <chrono>
 #include <cmath>
 #include <memory>
 
 #include "../cpp/random_model.h"
-#include "cuda/workspace.h"
+#include "cuda/step/step.h"
 #include "gpu.h"
+#include "step_profile.h"
 #include "tlinformer/engine.h"
 
 using namespace tlinformer;
@@ -286,6 +288,29 @@ void bench(const char* name, const Config& config, const std::vector<int64_t>& l
   }
 }
 
+void bench_batch(const char* name, const Config& config, int64_t length, int64_t batch) {
+  const RandomModel model(config, DType::bfloat16);
+  OnDevice device(model, length + 1024, batch);
+  std::vector<Tokens> prompts;
+  for (int64_t i = 0; i < batch; ++i) prompts.push_back(tokens_of(length + 5, config, unsigned(i)));
+  device.engine->prefill(prompts);
+  device.engine->generate(20, {});
+  std::vector<double> times;
+  for (int i = 0; i < 3; ++i) {
+    times.push_back(milliseconds([&] { device.engine->generate(70, {}); }) / 70);
+  }
+  std::sort(times.begin(), times.end());
+  std::printf("%s batch %ld, history %ld: token %.4f ms\n", name, static_cast<long>(batch),
+              static_cast<long>(length), times[1]);
+  // The same step once more, on the engine's arena: it writes the same row again and again.
+  const cuda::Model same(config, device.weights, device.plan,
+                         {device.arena->data(), device.plan.total_bytes()});
+  const auto workspace = cuda::Workspace::layout(config, device.plan);
+  const cuda::Step step(same, workspace, same.arena + device.plan.find("workspace")->offset);
+  const gpu::StepProfile profile(8, [&](const cuda::Launch& how) { step.push(how); });
+  std::printf("  all but the draw and the launch of a graph: %.2f us\n", profile.report());
+}
+
 Config product_config(int64_t hidden, int64_t heads, int64_t inner) {
   Config c;
   c.vocab_size = 50257;
@@ -303,6 +328,12 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "bench") {
     std::vector<int64_t> lengths{1 << 10, 1 << 14, 1 << 17, 1 << 20};
     if (argc > 2) lengths = {std::atoll(argv[2])};
+    if (argc > 3) {
+      const int64_t batch = std::atoll(argv[3]);
+      bench_batch("41M", product_config(432, 12, 1280), lengths[0], batch);
+      bench_batch("D512", product_config(512, 8, 1536), lengths[0], batch);
+      return 0;
+    }
     bench("41M", product_config(432, 12, 1280), lengths);
     bench("D512", product_config(512, 8, 1536), lengths);
     return 0;

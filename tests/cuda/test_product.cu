@@ -86,6 +86,7 @@ struct Problem {
   Fenced<float> device_x, device_parts;
   Fenced<T> device_norm_weight, device_norm_bias;
   int step = 1;  // outputs that are checked are this far apart
+  int rows_of_block = 0;
 
   Problem(const Sizes& sizes_, int batch_, unsigned seed, int part_count_ = 0)
       : sizes(sizes_),
@@ -145,6 +146,7 @@ struct Problem {
     p.dtype = kType<T>;
     p.batch = batch;
     p.state = device_states.data();
+    p.rows_of_block = rows_of_block;
     return p;
   }
   template <class Step>
@@ -458,6 +460,14 @@ template <class T>
 void test(const Sizes& sizes, const std::vector<int>& batches, unsigned seed) {
   for (const int batch : batches) {
     Problem<T> problem(sizes, batch, seed += 100);
+    for (const int rows : {8, 32}) {  // whatever is chosen where it is left open
+      if (batch == 1) break;
+      problem.rows_of_block = rows;
+      test_add(problem, sizes.intermediate, true, seed + 1);
+      test_gate(problem, seed + 3);
+      test_project(problem, false, seed + 7);
+    }
+    problem.rows_of_block = 0;
     test_add(problem, sizes.query_heads * sizes.head_dim, true, seed + 10);
     test_add(problem, sizes.intermediate, false, seed + 20);
     test_gate(problem, seed + 30);

@@ -359,8 +359,8 @@ void decode_attention_of(const DecodeAttention& a, const Scratch& scratch, const
   switch (a.head_dim) {
 #define TLINFORMER_CASE(D)                                                \
   case D:                                                                 \
-    if (const int blocks = window_attention_blocks<D>(a))                 \
-      return launch_window_attention<T, D>(a, blocks, how);               \
+    if (const WindowGrid grid = window_grid<D>(a); grid.blocks > 0)       \
+      return launch_window_attention<T, D>(a, grid, how);                 \
     if (!grouped) return decode_attention_with<T, D, 1>(a, scratch, how); \
     return decode_attention_with<T, D, heads_of_pass(D, true)>(a, scratch, how);
     TLINFORMER_HEAD_SIZES(TLINFORMER_CASE)

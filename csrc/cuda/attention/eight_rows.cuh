@@ -62,7 +62,11 @@ class EightRows {
     score += __shfl_xor_sync(0xffffffffu, score, 1);
     score += __shfl_xor_sync(0xffffffffu, score, 2);
     if (row >= rows) score = kMinusInfinity;
-    const float higher = fmaxf(top_, warp_max(score));
+    float higher = fmaxf(top_, score);  // of a row's four lanes the same
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      higher = fmaxf(higher, __shfl_xor_sync(0xffffffffu, higher, lanes));
+    }
     const float scale = exp2_fast(top_ - higher), own = exp2_fast(score - higher);
     top_ = higher;
     sum_ *= scale;

@@ -1,148 +1,59 @@
 // The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
 // in shared memory before the query exists, eight or few times eight in each warp, and one of them
-// merges the softmaxes of all warps.
+// merges the softmaxes of all warps. In a batch, whose rows may be more than fit, a warp's tiles
+// are a ring: the rest of its rows follow as the first ones are done.
 #pragma once
 
 #include "../dsmem.cuh"
 #include "../warp_state.cuh"
 #include "decode_attention.h"
-#include "eight_rows.cuh"
 #include "row_copy.cuh"
+#include "window_parts.cuh"
 
 namespace tlinformer::cuda {
 
-constexpr int kWindowWarps = 8, kWindowThreads = 32 * kWindowWarps;
-constexpr int kWindowCluster = 8;  // most blocks of a head
+// Heads of all sequences together: one sequence's; no more than multiprocessors; or more.
+enum class Heads { single, few, many };
 
-// What a block of `blocks` for a head keeps, in bytes: each warp's tiles of eight keys and values;
-// of the queries that this block merges and of both softmaxes, the records of all warps.
-template <int d>
-struct WindowPlaces {
-  // The first of an odd number of rows may lie behind one more, where copies may begin.
-  static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
-  static constexpr int kTileBytes = ((kEight + kAligned - 1) * d * 2 + 15) / 16 * 16;
-  static constexpr int kRecord = d + 2;
-  int tiles, records, end;  // tiles of a warp
-
-  __host__ __device__ WindowPlaces(int most_rows, int group, int blocks) {
-    const int warps = blocks * kWindowWarps;
-    tiles = (most_rows / kEight + 2 + warps - 1) / warps;
-    records = kWindowWarps * tiles * 2 * kTileBytes;
-    end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
-  }
-  bool fits() const { return end <= 160 * 1024; }
-};
-
-// A key and its value on their way into a warp's tile, 4 elements at a time.
-template <class T, int d>
-class NewRow {
-  static constexpr int kQuads = d / 4, kLoads = (2 * kQuads + 31) / 32;
-
- public:
-  __device__ void aim(const T* key, const T* value, T* to_key, T* to_value) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int quad = threadIdx.x % 32 + 32 * i;
-      const bool is_key = quad < kQuads;
-      const int at = 4 * (is_key ? quad : quad - kQuads);
-      if (quad >= 2 * kQuads) continue;
-      from_[i] = (is_key ? key : value) + at;
-      to_[i] = (is_key ? to_key : to_value) + at;
-    }
-  }
-  __device__ void load() {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (to_[i] != nullptr) words_[i] = __ldcg(reinterpret_cast<const uint2*>(from_[i]));
-    }
-  }
-  __device__ void store() const {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (to_[i] != nullptr) *reinterpret_cast<uint2*>(to_[i]) = words_[i];
-    }
-  }
-
- private:
-  uint2 words_[kLoads];
-  const T* from_[kLoads];
-  T* to_[kLoads] = {};
-};
-
-// A warp's part of one softmax's output from the records of `count` warps: of every fourth of
-// them, from `first` on, over the weights of all. All zeros of none.
-template <class T, int d>
-__device__ void merge_records(const float* records, int count, int first, float* to) {
-  using Rows = EightRows<T, d>;
-  constexpr int kRecord = d + 2, kMost = kWindowCluster * kWindowWarps / 32;
-  const int lane = threadIdx.x % 32;
-  float2 measure[kMost];
-  float most = kMinusInfinity;
-#pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    const int r = lane + 32 * i;
-    measure[i] = {kMinusInfinity, 0};
-    if (r < count) measure[i] = *reinterpret_cast<const float2*>(records + r * kRecord + d);
-    most = fmaxf(most, measure[i].x);
-  }
-  most = warp_max(most);
-  float weight[kMost], total = 0, sums[Rows::kOwnValues] = {};
-#pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    weight[i] = count > 0 ? exp2_fast(measure[i].x - most) : 0.0f;
-    total += weight[i] * measure[i].y;
-  }
-#pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    if (32 * i >= count) break;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int r = 4 * j + first;
-      const float own = __shfl_sync(0xffffffffu, weight[i], r);
-      if (lane >= Rows::kValueLanes) continue;
-      // The last record again does no harm with a weight of zero.
-      const float* const from = records + min(r + 32 * i, count - 1) * kRecord;
-#pragma unroll
-      for (int e = 0; e < Rows::kOwnValues; e += 2) {
-        const float2 x = *reinterpret_cast<const float2*>(from + Rows::kOwnValues * lane + e);
-        sums[e] += own * x.x;
-        sums[e + 1] += own * x.y;
-      }
-    }
-  }
-  total = warp_sum(total);
-  const float scale = total > 0 ? __fdividef(1.0f, total) : total;
-  if (lane >= Rows::kValueLanes) return;
-#pragma unroll
-  for (int e = 0; e < Rows::kOwnValues; e += 2) {
-    *reinterpret_cast<float2*>(to + Rows::kOwnValues * lane + e) = {sums[e] * scale,
-                                                                    sums[e + 1] * scale};
-  }
+// Few heads' blocks have a multiprocessor each and fill half of its registers, beside the kernel
+// before. Of many, as many blocks run on one as its registers hold.
+template <Heads HEADS>
+constexpr int kWindowWarps = HEADS == Heads::few ? 16 : 8;
+constexpr int window_blocks_each(Heads heads, int d) {
+  if (heads == Heads::few) return d <= 64 ? 2 : 1;
+  if (heads == Heads::single) return d <= 96 ? 2 : 1;
+  return d <= 48 ? 3 : d <= 96 ? 2 : 1;
 }
+constexpr int kWindowTiles = 16;  // most of a warp's ring
+// Shared memory of the blocks on a multiprocessor, in bytes. Beside few heads' there is room for
+// the kernels before and after.
+constexpr int kFewMemory = 210 * 1024, kManyMemory = 200 * 1024;
 
-template <class T, int d>
-__global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
-    tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks) {
-  using Places = WindowPlaces<d>;
+template <class T, int d, Heads HEADS>
+__global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(HEADS, d))
+    tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks,
+                          int tiles_each) {
+  constexpr int kWarps = kWindowWarps<HEADS>;
+  constexpr bool kRing = HEADS != Heads::single;  // else all rows have their tile
+  using Places = WindowPlaces<d, kWarps>;
   using Rows = EightRows<T, d>;
   constexpr int kRecord = Places::kRecord;
   let_next_start();
   extern __shared__ __align__(128) char memory[];
-  __shared__ uint64_t arrived[kWindowWarps], all_records;
+  __shared__ uint64_t arrived[kWarps][kRing ? kWindowTiles : 1], all_records;
   __shared__ SequenceState known, current;
-  __shared__ __align__(8) float parts[kWindowWarps][d];  // of an output
+  __shared__ __align__(8) float parts[kWarps][d];  // of an output
   const int blocks = 1 << shift_blocks,
-            shift_warps = shift_blocks + 3;  // a power of two, all of them
-  static_assert(kWindowWarps == 8);
+            shift_warps = shift_blocks + (kWarps == 16 ? 4 : 3);  // a power of two, all of them
   const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
   const int sequence = blockIdx.y;
   const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
-  const Places places(most, group, blocks);
+  const Places places(tiles_each, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
-  if (lane == 0) prepare_copies(&arrived[warp]);
+  if (lane < (kRing ? tiles_each : 1)) prepare_copies(&arrived[warp][lane]);
   if (threadIdx.x == 0 && blocks > 1) dsmem::barrier_init(record_barrier, 1);
   __syncwarp();
   if (blocks > 1) dsmem::arrive_at_blocks();
@@ -162,12 +73,12 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   const int cached =
       static_cast<int>(min(max(known.last - history, int64_t{0}), int64_t{most - context}));
   // Units of eight rows, first those of the context, then the window's, are dealt to all warps.
-  const int warps = blocks * kWindowWarps, place = block + warp * blocks;
+  const int warps = blocks * kWarps, place = block + warp * blocks;
   const int context_units = (context + kEight - 1) / kEight;
   const int first_row = a.window_follows_history ? history : 0;
   const int window_shift = first_row % Places::kAligned;
   constexpr int kValues = Places::kTileBytes / static_cast<int>(sizeof(T));  // behind the keys
-  char* const tiles = memory + warp * places.tiles * 2 * Places::kTileBytes;
+  char* const tiles = memory + warp * tiles_each * 2 * Places::kTileBytes;
   struct Unit {
     bool of_context;
     int first;  // of its rows
@@ -176,7 +87,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
     char* tile;
     T *keys, *values;
   };
-  const auto unit_of = [&](int turn) {
+  const auto unit_of = [&](int turn, int slot) {
     const int number = place + turn * warps;
     Unit u;
     u.of_context = number < context_units;
@@ -187,39 +98,51 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
                            int64_t{u.first + (u.of_context ? 0 : first_row)} * d;
     u.cached_keys = static_cast<const T*>(cache.keys) + offset;
     u.cached_values = static_cast<const T*>(cache.values) + offset;
-    u.tile = tiles + turn * 2 * Places::kTileBytes;
+    u.tile = tiles + slot * 2 * Places::kTileBytes;
     u.keys = reinterpret_cast<T*>(u.tile) + u.shift * d;
     u.values = u.keys + kValues;
     return u;
   };
-  const auto bytes_of = [&](const Unit& u) {
-    const int rows = min(kEight, (u.of_context ? context : cached) - u.first);
+  const auto bytes_of = [&](const Unit& u, int window_rows) {
+    const int rows = min(kEight, (u.of_context ? context : window_rows) - u.first);
     return rows <= 0 ? 0u : static_cast<uint32_t>(((u.shift + rows) * d * 2 + 15) / 16 * 16);
   };
+  const auto copy = [&](const Unit& u, uint32_t part, uint64_t* barrier) {
+    copy_rows(u.tile, u.cached_keys - u.shift * d, part, barrier, lane);
+    copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, barrier, lane);
+  };
   uint32_t bytes = 0;
+  if constexpr (!kRing) {
 #pragma unroll 1
-  for (int turn = 0; turn < places.tiles; ++turn) bytes += 2 * bytes_of(unit_of(turn));
-  if (bytes > 0) expect_copies(bytes, &arrived[warp], lane);
+    for (int turn = 0; turn < tiles_each; ++turn) {
+      bytes += 2 * bytes_of(unit_of(turn, turn), cached);
+    }
+    if (bytes > 0) expect_copies(bytes, arrived[warp], lane);
+  }
 #pragma unroll 1
-  for (int turn = 0; turn < places.tiles; ++turn) {
-    const Unit u = unit_of(turn);
-    const uint32_t part = bytes_of(u);
-    if (part == 0) continue;
-    copy_rows(u.tile, u.cached_keys - u.shift * d, part, &arrived[warp], lane);
-    copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, &arrived[warp],
-              lane);
+  for (int turn = 0; turn < tiles_each; ++turn) {
+    const Unit u = unit_of(turn, turn);
+    const uint32_t part = bytes_of(u, cached);
+    uint64_t* const barrier = &arrived[warp][kRing ? turn : 0];
+    if (kRing) expect_copies(2 * part, barrier, lane);  // also of none: somebody waits for it
+    if (part > 0) copy(u, part, barrier);
   }
   commit_copies();
   // The rows that no copy has brought: one more than there may be, as `own` is not known yet.
   NewRow<T, d> newer[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  const auto turn_of_newer = [&](int i) {  // none: -1
     const int row = cached + i, number = context_units + row / kEight;
     const bool exists =
         row < most - context && int64_t{first_row + row + 1} * d <= a.window.head_stride;
-    if (!exists || (number & (warps - 1)) != place) continue;
-    const Unit u = unit_of(number >> shift_warps);
-    const int at = row % kEight * d;
+    const int turn = number >> shift_warps;
+    return exists && (number & (warps - 1)) == place && turn < tiles_each ? turn : -1;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int turn = turn_of_newer(i);
+    if (turn < 0) continue;
+    const Unit u = unit_of(turn, turn);
+    const int at = (cached + i) % kEight * d;
     newer[i].aim(u.cached_keys + at, u.cached_values + at, u.keys + at, u.values + at);
   }
   // The other blocks have started: their barriers are there.
@@ -232,14 +155,38 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
 #pragma unroll
   for (auto& row : newer) row.load();
   fetch_state(&current);
-  if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
+  if constexpr (!kRing) {
+    if (bytes > 0) await_tile<1>(arrived[warp], 0, false);
 #pragma unroll
-  for (const auto& row : newer) row.store();
+    for (const auto& row : newer) row.store();
+  }
   __syncthreads();
-  if (current.live == 0) return;
+  if (current.live == 0) {
+    // No copy may be under way into memory that is no longer this block's.
+    for (int turn = 0; kRing && turn < tiles_each; ++turn) {
+      await_tile<1>(&arrived[warp][turn], 0, false);
+    }
+    return;
+  }
+  if constexpr (kRing) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int turn = turn_of_newer(i);
+      if (turn < 0) continue;
+      await_tile<1>(&arrived[warp][turn], 0, false);
+      newer[i].store();
+    }
+    __syncwarp();
+  }
   const int window = static_cast<int>(current.last) - history + 1,
             window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
+  // What has no tile yet follows in the order of its use: for one query after the other.
+  const int turns = (units - place + warps - 1) >> shift_warps;
+  const bool streams = kRing && turns > tiles_each;
+  int slot = 0, to_fetch = streams ? group * turns - tiles_each : 0, next_turn = tiles_each;
+  uint32_t parity = 0;  // of the ring's rounds
+  if (streams) order_copies_after_stores();
   // Query i is merged by block i % blocks. A softmax's records are as many as warps with
   // rows of it.
   const int merges = max(group - block + blocks - 1, 0) >> shift_blocks;
@@ -252,9 +199,12 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
 
 #pragma unroll 1
   for (int i = 0; i < group; ++i) {
+    // Few heads' registers have no room for two queries; then other warps hide the wait.
+    constexpr bool kNext = HEADS != Heads::few;
     typename Rows::Query next;
-    if (i + 1 < group) next = Rows::load(queries + (i + 1) * d);
+    if (kNext && i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     int turn = 0;
+    if (!streams) slot = 0;
 #pragma unroll 1
     for (int softmax = 0; softmax < 2; ++softmax) {
       const int first = turn, end = softmax == 0 ? context_units : units;
@@ -264,9 +214,24 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
         const int number = place + turn * warps;
         const int left =
             softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
-        const T* const keys = reinterpret_cast<const T*>(tiles + turn * 2 * Places::kTileBytes) +
+        const T* const keys = reinterpret_cast<const T*>(tiles + slot * 2 * Places::kTileBytes) +
                               (softmax == 0 ? 0 : window_shift * d);
+        if (kRing) await_tile<1>(&arrived[warp][slot], parity, false);
         rows.add(query, keys, keys + kValues, min(kEight, left));
+        if (kRing && to_fetch > 0) {
+          __syncwarp();  // all have read what is overwritten
+          const Unit u = unit_of(next_turn, slot);
+          const uint32_t part = bytes_of(u, window);
+          expect_copies(2 * part, &arrived[warp][slot], lane);
+          copy(u, part, &arrived[warp][slot]);
+          commit_copies();
+          --to_fetch;
+          if (++next_turn == turns) next_turn = 0;
+        }
+        if (++slot == tiles_each && streams) {
+          slot = 0;
+          parity ^= 1;
+        }
       }
       if (turn == first) continue;
       const int number = softmax == 0 ? place : (place + first * warps - context_units);
@@ -280,6 +245,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
         rows.finish([&](int at, float2 x) { dsmem::send(to + 4 * at, x, barrier); });
       }
     }
+    if (!kNext && i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     query = next;
   }
   if (merges == 0) return;
@@ -293,7 +259,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
   for (int m = 0; m < merges; ++m) {
     if (m > 0) __syncthreads();
     const float* const from = records + (((m * 2 + softmax) << shift_warps)) * kRecord;
-    merge_records<T, d>(from, count, warp / 2, parts[warp]);
+    merge_records<T, d, kWarps, kWarps / 2>(from, count, warp / 2, parts[warp]);
     __syncthreads();
     if (warp > 0 || lane >= Rows::kValueLanes) continue;
     T* const to = static_cast<T*>(a.output) + (first_query + block + (m << shift_blocks)) * d;
@@ -302,7 +268,7 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
       const int at = Rows::kOwnValues * lane + i;
       float2 sum = {0, 0};
 #pragma unroll
-      for (int w = 0; w < kWindowWarps; ++w) {
+      for (int w = 0; w < kWarps; ++w) {
         const float2 part = *reinterpret_cast<const float2*>(&parts[w][at]);
         sum = {sum.x + part.x, sum.y + part.y};
       }
@@ -312,36 +278,82 @@ __global__ void __launch_bounds__(kWindowThreads, d > 96 ? 1 : 2)
 }
 
 inline bool has_clusters() {
-  static const bool has = compiled_for(tlin_window_attention<bf16, 64>, 90);
+  static const bool has = compiled_for(tlin_window_attention<bf16, 64, Heads::single>, 90);
   return has;
 }
 
-// Blocks of a head: as many as the multiprocessors and the rows have work for; none if the rows do
-// not fit.
-template <int d>
-int window_attention_blocks(const DecodeAttention& a) {
-  if (a.most_rows <= 0 || a.most_rows > 16384) return 0;
+// How the heads' rows are dealt.
+struct WindowGrid {
+  Heads heads = Heads::single;
+  int blocks = 0;  // of a head; 0: another kernel has to do it
+  int tiles = 0;   // of a warp
+};
+
+// As many blocks of a head as the multiprocessors and the rows have work for. A single sequence has
+// all of its rows in shared memory, or takes another kernel; a batch as many tiles as there is
+// room.
+template <int d, Heads HEADS>
+WindowGrid window_grid_of(const DecodeAttention& a) {
+  constexpr int kWarps = kWindowWarps<HEADS>;
+  using Places = WindowPlaces<d, kWarps>;
   const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
   const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
-  int blocks = 1;
-  while (blocks < most && 2 * blocks * heads <= multiprocessors() &&
-         rows > blocks * kWindowWarps * kEight) {
-    blocks *= 2;
+  WindowGrid grid{HEADS, 1, 0};
+  while (grid.blocks < most && 2 * grid.blocks * heads <= multiprocessors() &&
+         rows > grid.blocks * kWarps * kEight) {
+    grid.blocks *= 2;
   }
-  while (blocks < most && !WindowPlaces<d>(rows, group, blocks).fits()) blocks *= 2;
-  return WindowPlaces<d>(rows, group, blocks).fits() ? blocks : 0;
+  const auto bytes = [&] { return Places(grid.tiles, group, grid.blocks).end; };
+  if constexpr (HEADS == Heads::single) {
+    const auto fits = [&] {
+      grid.tiles = Places::tiles_of(rows, grid.blocks);
+      return bytes() <= 160 * 1024;
+    };
+    while (grid.blocks < most && !fits()) grid.blocks *= 2;
+    return fits() ? grid : WindowGrid{};
+  }
+  constexpr int kOthers = 16 * 1024;  // that is not dynamic
+  const int each =
+      std::min((heads + multiprocessors() - 1) / multiprocessors(), window_blocks_each(HEADS, d));
+  const int most_bytes = shared_memory_of_block() - kOthers;
+  const int room = std::min((HEADS == Heads::few ? kFewMemory : kManyMemory) / each, most_bytes);
+  grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kWindowTiles);
+  while (grid.tiles > 1 && bytes() > room) --grid.tiles;
+  return bytes() <= most_bytes ? grid : WindowGrid{};
+}
+
+template <int d>
+WindowGrid window_grid(const DecodeAttention& a) {
+  if (a.most_rows <= 0 || a.most_rows > 16384) return {};
+  if (a.batch == 1) return window_grid_of<d, Heads::single>(a);
+  if (a.kv_heads * a.batch <= multiprocessors()) return window_grid_of<d, Heads::few>(a);
+  return window_grid_of<d, Heads::many>(a);
+}
+
+template <class T, int d, Heads HEADS>
+void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
+  constexpr int kWarps = kWindowWarps<HEADS>;
+  Launch clusters = how;
+  clusters.cluster = grid.blocks;
+  if (HEADS != Heads::single) clusters.shared_percent = kAllShared;
+  const WindowPlaces<d, kWarps> places(grid.tiles, a.query_heads / a.kv_heads, grid.blocks);
+  int shift = 0;
+  while (1 << shift < grid.blocks) ++shift;
+  launch(clusters, tlin_window_attention<T, d, HEADS>, "window attention",
+         dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
+         32 * kWarps, static_cast<size_t>(places.end), a, shift, grid.tiles);
 }
 
 template <class T, int d>
-void launch_window_attention(const DecodeAttention& a, int blocks, const Launch& how) {
-  Launch clusters = how;
-  clusters.cluster = blocks;
-  const WindowPlaces<d> places(static_cast<int>(a.most_rows), a.query_heads / a.kv_heads, blocks);
-  int shift = 0;
-  while (1 << shift < blocks) ++shift;
-  launch(clusters, tlin_window_attention<T, d>, "window attention",
-         dim3(static_cast<unsigned>(a.kv_heads * blocks), static_cast<unsigned>(a.batch)),
-         kWindowThreads, static_cast<size_t>(places.end), a, shift);
+void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
+  switch (grid.heads) {
+    case Heads::single:
+      return launch_window_attention<T, d, Heads::single>(a, grid, how);
+    case Heads::few:
+      return launch_window_attention<T, d, Heads::few>(a, grid, how);
+    case Heads::many:
+      return launch_window_attention<T, d, Heads::many>(a, grid, how);
+  }
 }
 
 }  // namespace tlinformer::cuda

@@ -1,4 +1,5 @@
-// LayerNorm of the rows of a token, into shared memory as the B operand of products.
+// LayerNorm of a token's rows, as the B operand of products: each warp normalises its own slices,
+// in registers, and all of a block share what they find of the rows' means and deviations.
 #pragma once
 
 #include "product.h"
@@ -6,168 +7,159 @@
 
 namespace tlinformer::cuda::step {
 
-constexpr int kWarps = 8;  // of a block with normed rows
-
-// 16 bytes from global into shared memory, while the thread goes on.
-__device__ inline void copy_async(void* to, const void* from) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-
-// For at most ROWS rows, which is 1 (all warps share it) or a multiple of 8 (each warp has its
-// own). Between measure() and normalise() the block may do something else.
-template <class T, int ROWS>
+// At most 8 NT rows of float32. Of every row a lane has the inputs that WeightStream says, of
+// slices warp, warp + WARPS ...; AHEAD of them are in registers at once. at() takes slices in the
+// order that WeightStream::multiply() does.
+template <class T, int NT, int WARPS, int AHEAD>
 class NormedRows {
  public:
-  static constexpr int NT = ceil_div(ROWS, 8);
-
-  // An odd number of slices: the rows of a fragment then lie in different banks.
-  __host__ __device__ static int stride(int width) {
-    return (ceil_div(width, kSlice) | 1) * kSlice;
-  }
-  static size_t bytes(int rows, int width) {
-    return sizeof(T) * (static_cast<size_t>(rows) * stride(width) + 2 * width) +
-           sizeof(float2) * kWarps;
-  }
+  struct Shared {  // of each warp's inputs: the mean, and the sum of squared differences from it
+    float2 measures[WARPS][8 * NT];
+  };
 
   // Starts to fetch the parameters, which do not change within a token.
-  __device__ NormedRows(void* shared, const Norm& norm, const float* x, int rows, int width)
-      : x_(x),
-        rows_(ROWS == 1 ? 1 : rows),
-        width_(width),
-        warp_(warp_index()),
-        epsilon_(norm.epsilon) {
-    normed_ = static_cast<T*>(shared);
-    weight_ = normed_ + rows_ * stride(width);
-    bias_ = weight_ + width;
-    measures_ = reinterpret_cast<float2*>(bias_ + width);
-#pragma unroll 1
-    for (int c = 8 * threadIdx.x; c < width; c += 8 * 32 * kWarps) {
-      copy_async(weight_ + c, static_cast<const T*>(norm.weight) + c);
-      copy_async(bias_ + c, static_cast<const T*>(norm.bias) + c);
-    }
+  __device__ NormedRows(Shared& shared, const Norm& norm, const float* x, int rows, int width)
+      : shared_(shared), width_(width), warp_(warp_index()), epsilon_(norm.epsilon) {
+    const int g = threadIdx.x % 32 / 4, own = warp_ * kSlice + threadIdx.x % 4 * 8;
+    weight_ = static_cast<const T*>(norm.weight) + own;
+    bias_ = static_cast<const T*>(norm.bias) + own;
+    left_ = width - own;
+    x_ = x + own;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) row_[n] = min(8 * n + g, rows - 1) * width;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) load_parameters(i, i * WARPS);
   }
 
-  // Finds the mean and the variance of each row from the sums of its differences from its first
-  // value, and of their squares: one pass. Any value of a row is within sqrt(width) standard
-  // deviations of the mean: the cancellation in the variance costs at most a factor of width in
-  // precision.
+  // Finds the mean and the deviation of each row, in one pass: from the sums of differences from a
+  // warp's first value, and of their squares, and from the warps' means. No value is asked for
+  // twice: many blocks want the same few words, which the L2 cache gives out one after the other.
+  // A value is within sqrt(n) standard deviations of the mean of n: the cancellation in a warp's
+  // sum of squares costs at most a factor of n in precision.
   __device__ void measure() {
-    constexpr int kAtOnce = ROWS == 8 ? 4 : 1;  // to have several loads under way
-    float2 sum[NT];
-#pragma unroll
-    for (int i = 0; i < NT; ++i) {
-      sum[i] = {0, 0};
-      // Volatile, so that volatile loads in front of measure() stay there.
-      first_[i] = *static_cast<const volatile float*>(x_ + row(i) * width_);
-    }
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    float first[NT] = {};
+    float2 sum[NT] = {};
+    bool begun = false;  // what is past the end comes first
+    const int stride = AHEAD * WARPS;
 #pragma unroll 1
-    for (int c = column(); c < width_; c += kAtOnce * kStep) {
-      float4 v[kAtOnce][NT];
+    for (int chunk = (ceil_div(width_, kSlice) - 1) / stride * stride; chunk >= 0;
+         chunk -= stride) {
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int i = 0; i < AHEAD; ++i) load_x(i, chunk + i * WARPS);
+      if (!begun) {
 #pragma unroll
-        for (int i = 0; i < NT; ++i) {
-          v[j][i] = {0, 0, 0, 0};
-          if (c + j * kStep < width_) v[j][i] = load(i, c + j * kStep);
+        for (int n = 0; n < NT; ++n) {
+          first[n] = __shfl_sync(0xffffffffu, x_ahead_[0][n][0], lane - q);
         }
+        begun = (chunk + warp_) * kSlice < width_;
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int i = 0; i < AHEAD; ++i) {
+        const bool inside = (chunk + i * WARPS) * kSlice < left_;
 #pragma unroll
-        for (int i = 0; i < NT; ++i) {
-          for (const float x : {v[j][i].x, v[j][i].y, v[j][i].z, v[j][i].w}) {
-            const float difference = c + j * kStep < width_ ? x - first_[i] : 0.0f;
-            sum[i].x += difference;
-            sum[i].y += difference * difference;
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const float difference = inside ? x_ahead_[i][n][e] - first[n] : 0.0f;
+            sum[n].x += difference;
+            sum[n].y += difference * difference;
           }
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < NT; ++i) sum_[i] = {warp_sum(sum[i].x), warp_sum(sum[i].y)};
-    if (ROWS == 1 && threadIdx.x % 32 == 0) measures_[threadIdx.x / 32] = sum_[0];
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
-  }
-
-  __device__ void normalise() {
-    if constexpr (ROWS == 1) {
-      sum_[0] = {0, 0};
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) {
-        sum_[0].x += measures_[warp].x;
-        sum_[0].y += measures_[warp].y;
-      }
-    }
-    float mean[NT], scale[NT];
-#pragma unroll
-    for (int i = 0; i < NT; ++i) {
-      const float shifted = __fdividef(sum_[i].x, width_);
-      mean[i] = first_[i] + shifted;
-      scale[i] = rsqrtf(__fdividef(sum_[i].y, width_) - shifted * shifted + epsilon_);
-    }
-#pragma unroll 1
-    for (int c = column(); c < ceil_div(width_, kSlice) * kSlice; c += kStep) {
-      const bool inside = c < width_;  // what pads the last slice is zero
-      uint2 w = {0, 0}, b = {0, 0};
-      if (inside) {
-        w = *reinterpret_cast<const uint2*>(weight_ + c);
-        b = *reinterpret_cast<const uint2*>(bias_ + c);
-      }
-      const float2 w0 = unpack<T>(w.x), w1 = unpack<T>(w.y);
-      const float2 b0 = unpack<T>(b.x), b1 = unpack<T>(b.y);
-#pragma unroll
-      for (int i = 0; i < NT; ++i) {
-        uint2 normed = {0, 0};
-        if (inside) {
-          const float4 v = load(i, c);
-          const float m = mean[i], s = scale[i];
-          normed.x = pack<T>((v.x - m) * s * w0.x + b0.x, (v.y - m) * s * w0.y + b0.y);
-          normed.y = pack<T>((v.z - m) * s * w1.x + b1.x, (v.w - m) * s * w1.y + b1.y);
-        }
-        if (has(i)) *reinterpret_cast<uint2*>(normed_ + row(i) * stride(width_) + c) = normed;
-      }
-    }
-    __syncthreads();
-  }
-
-  // For WeightStream::multiply(). Rows past the last repeat it; nobody stores their results.
-  struct Inputs {
-    const T* row[NT];
-    __device__ void load(int, int) {}
-    __device__ uint4 at(int, int slice, int n) const {
-      return *reinterpret_cast<const uint4*>(row[n] + slice * kSlice);
-    }
-  };
-  __device__ Inputs inputs() const {
-    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-    Inputs inputs;
+    const float inverse = __fdividef(1.0f, fmaxf(inputs_of(warp_), 1.0f));
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      inputs.row[n] = normed_ + min(8 * n + g, rows_ - 1) * stride(width_) + 8 * q;
+      const float all = of_row(sum[n].x), squares = of_row(sum[n].y), shifted = all * inverse;
+      if (q == 0)
+        shared_.measures[warp_][8 * n + g] = {first[n] + shifted, squares - all * shifted};
     }
-    return inputs;
+    __syncthreads();
+    const float inverse_width = __fdividef(1.0f, width_);
+    constexpr int kOwn = WARPS / 4;  // warps of which a lane brings the measures together
+    float count[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) count[i] = inputs_of(4 * i + q);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      float2 part[kOwn];
+      float weighted = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        part[i] = shared_.measures[4 * i + q][8 * n + g];
+        weighted += count[i] * part[i].x;
+      }
+      mean_[n] = of_row(weighted) * inverse_width;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float difference = part[i].x - mean_[n];
+        squares += part[i].y + count[i] * difference * difference;
+      }
+      scale_[n] = rsqrtf(of_row(squares) * inverse_width + epsilon_);
+    }
+  }
+
+  // `slice` counts from the warp's first one.
+  __device__ void load(int i, int slice) {
+    load_parameters(i, slice - warp_);
+    load_x(i, slice - warp_);
+  }
+  __device__ uint4 at(int i, int, int n) const {
+    const float* const x = x_ahead_[i][n];
+    const auto word = [&](int e, uint32_t weight, uint32_t bias) {
+      const float2 w = unpack<T>(weight), b = unpack<T>(bias);
+      return pack<T>((x[e] - mean_[n]) * scale_[n] * w.x + b.x,
+                     (x[e + 1] - mean_[n]) * scale_[n] * w.y + b.y);
+    };
+    const uint4 w = weight_ahead_[i], b = bias_ahead_[i];
+    return {word(0, w.x, b.x), word(2, w.y, b.y), word(4, w.z, b.z), word(6, w.w, b.w)};
   }
 
  private:
-  static constexpr int kStep = ROWS == 1 ? 4 * 32 * kWarps : 4 * 32;
+  static_assert(WARPS % 4 == 0);
 
-  // The rows and the first columns of this thread.
-  __device__ bool has(int i) const { return ROWS == 1 || warp_ + i * kWarps < rows_; }
-  __device__ int row(int i) const { return ROWS == 1 ? 0 : min(warp_ + i * kWarps, rows_ - 1); }
-  __device__ int column() const { return 4 * (ROWS == 1 ? threadIdx.x : threadIdx.x % 32); }
-  __device__ float4 load(int i, int c) const {
-    return *reinterpret_cast<const float4*>(x_ + row(i) * width_ + c);
+  // The sum over the four lanes that have a row, to all of them.
+  static __device__ float of_row(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+  }
+  // Of a row, how many a warp has.
+  __device__ float inputs_of(int warp) const {
+    const int slices = ceil_div(width_, kSlice), last = slices - 1;
+    const int past = last % WARPS == warp ? slices * kSlice - width_ : 0;
+    return static_cast<float>((slices - warp + WARPS - 1) / WARPS * kSlice - past);
+  }
+  // What is behind the last column is zero, and stays so.
+  __device__ void load_parameters(int i, int slices) {
+    const int k = slices * kSlice;
+    weight_ahead_[i] = load_vector(weight_ + k, k < left_);
+    bias_ahead_[i] = load_vector(bias_ + k, k < left_);
+  }
+  // Past the L1 cache: a kernel that may still have run when this one began has written it.
+  __device__ void load_x(int i, int slices) {
+    const int k = slices * kSlice;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int e = 0; e < 8; e += 4) {
+        float4 v = {0, 0, 0, 0};
+        if (k < left_) v = __ldcg(reinterpret_cast<const float4*>(x_ + row_[n] + k + e));
+        float* const to = x_ahead_[i][n] + e;
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      }
+    }
   }
 
-  const float* x_;
-  int rows_, width_, warp_;
+  Shared& shared_;
+  int width_, warp_, left_;  // left_: inputs from the lane's first on
   float epsilon_;
-  T *normed_, *weight_, *bias_;
-  float2* measures_;
-  float first_[NT];  // value of each row
-  float2 sum_[NT];
+  const T *weight_, *bias_;
+  const float* x_;
+  int row_[NT];  // where it begins
+  float mean_[NT], scale_[NT];
+  uint4 weight_ahead_[AHEAD], bias_ahead_[AHEAD];
+  float x_ahead_[AHEAD][NT][8];
 };
 
 }  // namespace tlinformer::cuda::step

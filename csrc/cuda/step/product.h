@@ -29,6 +29,7 @@ struct StepRows {
   DType dtype = DType::bfloat16;
   int batch = 1;
   const SequenceState* state = nullptr;
+  int rows_of_block = 0;  // of several sequences that a thread block takes, 8 or 32; 0: chosen here
 };
 
 // Rows of float32 that are still to be added to a single sequence's x: (count, kPartPitch).

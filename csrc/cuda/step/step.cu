@@ -122,7 +122,9 @@ Parts Step::finish(const Verb& verb, const Parts& parts, const Launch& how) cons
   out.x = at<float>(w_.step_x);
   out.parts = parts;
   add_step(out, how);
-  return mlp(verb, {how.stream, true});
+  Launch next = how;
+  next.early = true;
+  return mlp(verb, next);
 }
 
 Parts Step::mlp(const Verb& verb, const Launch& how) const {
@@ -149,7 +151,9 @@ Parts Step::mlp(const Verb& verb, const Launch& how) const {
   down.inputs = p.intermediate_size;
   down.outputs = m_.hidden();
   down.x = at<float>(w_.step_x);
-  add_step(down, {how.stream, true});
+  Launch next = how;
+  next.early = true;
+  add_step(down, next);
   return {};
 }
 

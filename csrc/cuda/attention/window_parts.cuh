@@ -1,0 +1,120 @@
+// What the window attention keeps in shared memory, how a new row gets there, and the merge of its
+// warps' softmaxes.
+#pragma once
+
+#include "eight_rows.cuh"
+
+namespace tlinformer::cuda {
+
+constexpr int kWindowCluster = 8;  // most blocks of a head
+
+// What a block of `blocks` for a head keeps, in bytes: each warp's tiles of eight keys and values;
+// of the queries that this block merges and of both softmaxes, the records of all warps.
+template <int d, int WARPS>
+struct WindowPlaces {
+  // The first of an odd number of rows may lie behind one more, where copies may begin.
+  static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
+  static constexpr int kTileBytes = ((kEight + kAligned - 1) * d * 2 + 15) / 16 * 16;
+  static constexpr int kRecord = d + 2;
+  int records, end;
+
+  // Tiles of a warp for all of its rows.
+  static int tiles_of(int most_rows, int blocks) {
+    const int warps = blocks * WARPS;
+    return (most_rows / kEight + 2 + warps - 1) / warps;
+  }
+  __host__ __device__ WindowPlaces(int tiles, int group, int blocks) {
+    const int warps = blocks * WARPS;
+    records = WARPS * tiles * 2 * kTileBytes;
+    end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
+  }
+};
+
+// A key and its value on their way into a warp's tile, 4 elements at a time.
+template <class T, int d>
+class NewRow {
+  static constexpr int kQuads = d / 4, kLoads = (2 * kQuads + 31) / 32;
+
+ public:
+  __device__ void aim(const T* key, const T* value, T* to_key, T* to_value) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int quad = threadIdx.x % 32 + 32 * i;
+      const bool is_key = quad < kQuads;
+      const int at = 4 * (is_key ? quad : quad - kQuads);
+      if (quad >= 2 * kQuads) continue;
+      from_[i] = (is_key ? key : value) + at;
+      to_[i] = (is_key ? to_key : to_value) + at;
+    }
+  }
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (to_[i] != nullptr) words_[i] = __ldcg(reinterpret_cast<const uint2*>(from_[i]));
+    }
+  }
+  __device__ void store() const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (to_[i] != nullptr) *reinterpret_cast<uint2*>(to_[i]) = words_[i];
+    }
+  }
+
+ private:
+  uint2 words_[kLoads];
+  const T* from_[kLoads];
+  T* to_[kLoads] = {};
+};
+
+// A warp's part of one softmax's output from the records of `count` warps: of every STEP-th of
+// them, from `first` on, over the weights of all. All zeros of none.
+template <class T, int d, int WARPS, int STEP>
+__device__ void merge_records(const float* records, int count, int first, float* to) {
+  using Rows = EightRows<T, d>;
+  constexpr int kRecord = d + 2, kMost = kWindowCluster * WARPS / 32;
+  const int lane = threadIdx.x % 32;
+  float2 measure[kMost];
+  float most = kMinusInfinity;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    const int r = lane + 32 * i;
+    measure[i] = {kMinusInfinity, 0};
+    if (r < count) measure[i] = *reinterpret_cast<const float2*>(records + r * kRecord + d);
+    most = fmaxf(most, measure[i].x);
+  }
+  most = warp_max(most);
+  float weight[kMost], total = 0, sums[Rows::kOwnValues] = {};
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    weight[i] = count > 0 ? exp2_fast(measure[i].x - most) : 0.0f;
+    total += weight[i] * measure[i].y;
+  }
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (32 * i >= count) break;
+#pragma unroll
+    for (int j = 0; j < 32 / STEP; ++j) {
+      const int r = STEP * j + first;
+      const float own = __shfl_sync(0xffffffffu, weight[i], r);
+      if (lane >= Rows::kValueLanes) continue;
+      // The last record again does no harm with a weight of zero.
+      const float* const from = records + min(r + 32 * i, count - 1) * kRecord;
+#pragma unroll
+      for (int e = 0; e < Rows::kOwnValues; e += 2) {
+        const float2 x = *reinterpret_cast<const float2*>(from + Rows::kOwnValues * lane + e);
+        sums[e] += own * x.x;
+        sums[e + 1] += own * x.y;
+      }
+    }
+  }
+  total = warp_sum(total);
+  const float scale = total > 0 ? __fdividef(1.0f, total) : total;
+  if (lane >= Rows::kValueLanes) return;
+#pragma unroll
+  for (int e = 0; e < Rows::kOwnValues; e += 2) {
+    *reinterpret_cast<float2*>(to + Rows::kOwnValues * lane + e) = {sums[e] * scale,
+                                                                    sums[e + 1] * scale};
+  }
+}
+
+}  // namespace tlinformer::cuda
