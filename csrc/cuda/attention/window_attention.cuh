@@ -15,8 +15,8 @@ namespace tlinformer::cuda {
 // Heads of all sequences together: one sequence's; no more than multiprocessors; or more.
 enum class Heads { single, few, many };
 
-// Few heads' blocks have a multiprocessor each and fill half of its registers, beside the kernel
-// before. Of many, as many blocks run on one as its registers hold.
+// Few heads' blocks fill half of a multiprocessor's registers, and one or two run on it. Of many,
+// as many blocks run on one as its registers hold.
 template <Heads HEADS>
 constexpr int kWindowWarps = HEADS == Heads::few ? 16 : 8;
 constexpr int window_blocks_each(Heads heads, int d) {
@@ -299,7 +299,9 @@ WindowGrid window_grid_of(const DecodeAttention& a) {
   const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
   const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
   WindowGrid grid{HEADS, 1, 0};
-  while (grid.blocks < most && 2 * grid.blocks * heads <= multiprocessors() &&
+  // Blocks on a multiprocessor: of wider heads, two are slower than one.
+  constexpr int kTogether = HEADS == Heads::few && d <= 48 ? 2 : 1;
+  while (grid.blocks < most && 2 * grid.blocks * heads <= kTogether * multiprocessors() &&
          rows > grid.blocks * kWarps * kEight) {
     grid.blocks *= 2;
   }
@@ -313,8 +315,9 @@ WindowGrid window_grid_of(const DecodeAttention& a) {
     return fits() ? grid : WindowGrid{};
   }
   constexpr int kOthers = 16 * 1024;  // that is not dynamic
+  const int blocks = grid.blocks * heads;
   const int each =
-      std::min((heads + multiprocessors() - 1) / multiprocessors(), window_blocks_each(HEADS, d));
+      std::min((blocks + multiprocessors() - 1) / multiprocessors(), window_blocks_each(HEADS, d));
   const int most_bytes = shared_memory_of_block() - kOthers;
   const int room = std::min((HEADS == Heads::few ? kFewMemory : kManyMemory) / each, most_bytes);
   grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kWindowTiles);
