@@ -18,7 +18,7 @@ void require_token(int64_t id, int64_t vocab, const Where&... where) {
 // to (count) <- ids, of 32 or 64 bits. Throws for one outside 0 ... vocab - 1, naming the first;
 // then `to` holds anything.
 template <class Id, class... Where>
-void narrow(const Id* ids, int64_t count, int64_t vocab, int threads, int32_t* to,
+void narrow(const Id* ids, int64_t count, int64_t vocab, [[maybe_unused]] int threads, int32_t* to,
             const Where&... where) {
   const auto most =
       static_cast<uint32_t>(std::min<int64_t>(vocab - 1, std::numeric_limits<int32_t>::max()));
