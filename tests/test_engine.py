@@ -427,7 +427,8 @@ def test_prompts_of_32_and_64_bits_on_any_device(place: Place, dtype: torch.dtyp
     want = engine.prefill(ids)
     there = ids.to(place.device, dtype)
     rows = [there[0], ids[1].to(dtype)]  # one of them may be on the device
-    for prompts in (ids.to(dtype), there, rows):
+    strided = there.T.contiguous().T
+    for prompts in (ids.to(dtype), there, rows, strided):
         engine.reset()
         got = engine.prefill(prompts)
         assert torch.equal(torch.stack(got) if isinstance(got, list) else got, want)
@@ -485,6 +486,8 @@ def test_model_and_engine_errors(place: Place) -> None:
     engine.prefill(ids)
     late = {
         "takes one each": lambda: engine.step(torch.tensor([1, 2])),
+        "step: token id 53 is outside": lambda: engine.step(torch.tensor([53])),
+        "step: token id 4294967297 is outside": lambda: engine.step(torch.tensor([2**32 + 1])),
         r"it takes \(B\)": lambda: engine.step(torch.tensor([[1, 2]])),
         r"shape \(\); it takes \(B\)": lambda: engine.step(5),  # type: ignore[arg-type]
         "cannot take 15 more": lambda: engine.generate(15),

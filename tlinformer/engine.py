@@ -122,7 +122,8 @@ class Engine:
         dtype: of weights and cache. On the CPU float32 or bfloat16 (half the bytes, so faster); on
             CUDA bfloat16 or float16. The model's own by default, but bfloat16 on CUDA if that is
             float32. Arithmetic and logits are float32 on either.
-        num_threads: of the CPU; torch's setting by default. Without effect on CUDA.
+        num_threads: of the CPU; torch's setting by default. On CUDA they only check long prompts
+            that come from the CPU.
 
     Attributes:
         device: where weights, cache and logits lie.
@@ -243,7 +244,8 @@ class Engine:
         """Reads the prompts, replacing what was cached.
 
         Args:
-            input_ids: (B, L) integers, or a list of 1-D tensors of different lengths.
+            input_ids: (B, L) integers, or a list of 1-D tensors of different lengths. Those on the
+                engine's GPU stay there: they are read in the order of the current stream.
             progress: called with the share done, 0 to 1; returning False interrupts.
 
         Returns:

@@ -5,11 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "../runtime/range.h"
+#include "../runtime/threads.h"
 #include "../runtime/verb_meter.h"
 #include "../runtime/workspace.h"
 #include "arena.h"
@@ -22,17 +19,6 @@
 namespace tlinformer {
 namespace cpu {
 namespace {
-
-int threads_of(const EngineOptions& options) {
-  require(options.num_threads >= 0 && options.num_threads <= 4096,
-          "num_threads = ", options.num_threads, "; it must be 0 (all) to 4096");
-  if (options.num_threads > 0) return options.num_threads;
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 class CpuBackend final : public Backend {
  public:

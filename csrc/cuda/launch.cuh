@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <map>
+#include <mutex>
 #include <tuple>
 
 #include "tlinformer/error.h"
@@ -50,14 +51,17 @@ __device__ inline void let_next_start() {
 }
 
 // Sets an attribute of a kernel to `value`, or leaves more where more does no harm. Asking the
-// runtime takes a microsecond or two, so each thread remembers what it has set, for each device.
+// runtime takes a microsecond or two, so what was set is remembered, for each device; by all
+// threads together, or one could take back the memory that another's launch needs.
 template <class Kernel>
 void set_attribute(Kernel* kernel, cudaFuncAttribute attribute, int value, const char* name) {
   const bool more = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
-  thread_local std::map<std::tuple<int, const void*, cudaFuncAttribute>, int> known;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, cudaFuncAttribute>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), name);
   const void* const function = reinterpret_cast<const void*>(kernel);
+  const std::lock_guard<std::mutex> lock(mutex);
   int& set = known.try_emplace({device, function, attribute}, -1).first->second;
   if (more ? set >= value : set == value) return;
   check(cudaFuncSetAttribute(function, attribute, value), name);

@@ -62,7 +62,7 @@ void ManyRows::prepare() {
   const int64_t d = m_.c.hidden_size, dq = m_.c.query_dim(), dkv = m_.c.kv_dim();
   const int64_t f = m_.c.intermediate_size;
   const char* input = base_ + lane_.normed;
-  float* x = reinterpret_cast<float*>(base_ + lane_.history);
+  const int64_t piece = padded_rows(m_.plan.piece_rows());
   char* wide = base_ + lane_.wide;
   for (int64_t rows = 64; rows <= lane_.rows; rows = padded_rows(rows + 1)) {
     for (int64_t columns : {dq, 2 * dkv, dq + 2 * dkv}) {
@@ -73,7 +73,8 @@ void ManyRows::prepare() {
       dense_.product(input, rows, layer.gate_proj_weight, nullptr, f, d, wide, 2 * f, how_);
     }
     const float* bias = reinterpret_cast<const float*>(base_ + w_.biases);
-    if (rows > padded_rows(m_.plan.piece_rows())) continue;
+    // More rows than a piece has are the compressed history's and the window's.
+    float* x = reinterpret_cast<float*>(base_ + (rows > piece ? w_.tail : lane_.history));
     dense_.set(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
     dense_.add(input, rows, layer.out_proj_weight, bias, d, dq, x, how_);
     dense_.add(base_ + lane_.output, rows, layer.down_proj_weight, nullptr, d, f, x, how_);

@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "../cpu/kernels.h"
+#include "../runtime/token_ids.h"
 #include "tlinformer/checkpoint.h"
 #include "tlinformer/engine.h"
 #include "tlinformer/state.h"
@@ -73,8 +74,7 @@ class PyEngine {
     py::gil_scoped_release release;
     step_.clear();
     for (int64_t id : ids) {
-      require(id == static_cast<int32_t>(id), "step: token id ", id,
-              " is outside the vocabulary, 0 to ", engine_.config().vocab_size - 1);
+      require_token(id, engine_.config().vocab_size, "step");
       step_.push_back(static_cast<int32_t>(id));
     }
     engine_.step(step_, report);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "engine_impl.h"
+#include "threads.h"
 
 namespace tlinformer {
 
@@ -37,6 +38,7 @@ Engine::Engine(const Config& config, const Weights& weights, const CachePlan& pl
   impl_->plan = plan;
   impl_->weights = weights;
   impl_->arena = static_cast<char*>(arena.data);
+  impl_->threads = threads_of(options);
   impl_->window = window_program(config);
   impl_->blocks = window_blocks(config);
   impl_->slide_stages = slide_program(config);

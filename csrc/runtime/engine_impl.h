@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 
 #include "backend.h"
@@ -28,6 +27,7 @@ struct Engine::Impl {
   CachePlan plan;
   Weights weights;
   char* arena = nullptr;
+  int threads = 1;          // that check long prompts
   std::string fingerprint;  // of the weights, once somebody asked
   Stage window;
   Program blocks;  // of the window
@@ -142,7 +142,7 @@ struct Engine::Impl {
 
   void narrow_prompt(const TokenIds& prompt, int64_t index, int32_t* to) const {
     const auto take = [&](const auto* ids) {
-      narrow(ids, prompt.count, config.vocab_size, to, "prompt ", index);
+      narrow(ids, prompt.count, config.vocab_size, threads, to, "prompt ", index);
     };
     if (prompt.wide) {
       take(static_cast<const int64_t*>(prompt.ids));

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <limits>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -186,6 +187,32 @@ void test_errors(const Config& config) {
   CHECK(odd.compressed_rows(1000) == 1000);
 }
 
+// So many that threads share their check.
+template <class Id>
+void test_many_ids(Config config) {
+  config.num_blocks = 1;
+  config.block_depth = 2;
+  const RandomModel model(config, DType::float32);
+  const Tokens tokens = tokens_of((1 << 18) + 3, config);
+  Owned owned(model, int64_t(tokens.size()), 1, 2);
+  owned.engine.prefill({tokens});
+  const auto want = owned.logits();
+  std::vector<Id> ids(tokens.begin(), tokens.end());
+  const TokenIds prompt{ids.data(), int64_t(ids.size()), sizeof(Id) == 8};
+  owned.engine.prefill({{1}});
+  owned.engine.prefill(&prompt, 1);
+  CHECK(owned.logits() == want);
+  for (Id wrong : {Id{-1}, Id(config.vocab_size), std::numeric_limits<Id>::max()}) {
+    for (size_t at : {size_t{0}, ids.size() - 1}) {
+      const Id right = std::exchange(ids[at], wrong);
+      const std::string said = "prompt 0: token id " + std::to_string(wrong) + " is outside";
+      check_throws<InvalidArgument>(said.c_str(), [&] { owned.engine.prefill(&prompt, 1); });
+      ids[at] = right;
+    }
+  }
+  CHECK(owned.engine.stats().prefills == 3 && owned.logits() == want);
+}
+
 void test_plan(const Config& config) {
   const CachePlan plan = CachePlan::make(config, {1001, 2, DType::bfloat16});
   int64_t end = 0;
@@ -219,5 +246,7 @@ int main() {
   test_interrupted_batch(config);
   test_hits_allocate_nothing(config);
   test_errors(config);
+  test_many_ids<int32_t>(config);
+  test_many_ids<int64_t>(config);
   test_plan(config);
 }

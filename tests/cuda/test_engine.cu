@@ -3,6 +3,7 @@
 // token of a batch costs, and each kind of its kernels.
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "../cpp/random_model.h"

@@ -20,7 +20,7 @@ struct Arena {  // caller-owned memory of at least CachePlan::total_bytes()
 };
 
 struct EngineOptions {
-  int num_threads = 0;     // of the CPU backend; 0: as many as OpenMP gives
+  int num_threads = 0;     // of the CPU; 0: as many as OpenMP gives
   void* stream = nullptr;  // of the CUDA backend: the cudaStream_t that all work goes to
 };
 
