@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import SMOKE, arguments, chosen, text, write
+from parity import RUNS as PARITY
 
 from tlinformer.data import END_OF_TEXT, TokenFile, load_tokenizer
 from tlinformer.device import resolve_device
 from tlinformer.recipe import load_model
 
-MODELS = ("base-1k-seed0", "1k-1k-0.5-seed0", "1k-512-0.5-seed0")
+# Those of 2K saw four times as much history in training as those of 1K.
+MODELS = tuple(f"{run}-seed0" for run in PARITY if run not in ("base-512", "512-512-0.5"))
 HISTORIES = (0, 256, 1024, 4096, 16384)
 SCORED = 256  # tokens scored of every window
 POSITION_HISTORY = 512  # a multiple of every model's generation window, and seen in training

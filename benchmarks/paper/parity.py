@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from common import Run, arguments, train_runs
 
-RUNS = ("base-512", "base-1k", "512-512-0.5", "1k-1k-0.5", "1k-512-0.5")
+RUNS = ("base-512", "base-1k", "512-512-0.5", "1k-1k-0.5", "1k-512-0.5", "base-2k", "2k-512-0.5")
 PAIR, SEEDS = ("base-1k", "1k-1k-0.5"), (1,)  # one more seed, for the spread
 
 

@@ -30,8 +30,9 @@ PAPER = {
     "512-512-0.5": 21.9,
     "1k-1k-0.5": 22.7,
     "1k-512-0.5": 23.0,
+    "base-2k": 29.5,
+    "2k-512-0.5": 30.9,
 }
-
 
 SWEEPS = {
     "ratio": "history window's share of 512 rows",
@@ -166,19 +167,13 @@ def history_plot(results: Results, figure: Any) -> None:
 
 
 def positions(results: Results) -> str:
-    base = next((r for r in results if r["model"].startswith("base")), None)
-    if base is None:
-        return "No Transformer among the results."
-    bins = range(len(base["loss_by_position"]))
-    rows = [
-        [
-            r["model"],
-            *(f"{r['loss_by_position'][b] - base['loss_by_position'][b]:+.3f}" for b in bins),
-        ]
-        for r in results
-        if r is not base
-    ]
-    return table(["model", *(f"part {b + 1} of {len(bins)}" for b in bins)], rows)
+    losses = {r["model"]: r["loss_by_position"] for r in results}
+    rows = []
+    for model, own in losses.items():
+        if base := losses.get(f"{base_of(model)}-{model.rpartition('-')[2]}"):
+            rows.append([model, *(f"{a - b:+.3f}" for a, b in zip(own, base, strict=True))])
+    bins = len(results[0]["loss_by_position"])
+    return table(["model", *(f"part {b + 1} of {bins}" for b in range(bins))], rows)
 
 
 def by_size(results: Results) -> Results:

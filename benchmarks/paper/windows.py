@@ -27,4 +27,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    train_runs(arguments(__doc__, epochs=0.4).parse_args(), "windows", runs())
+    train_runs(arguments(__doc__, epochs=1.0).parse_args(), "windows", runs())
