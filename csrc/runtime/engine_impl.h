@@ -7,10 +7,10 @@
 
 #include "backend.h"
 #include "meter.h"
+#include "prompts.h"
 #include "range.h"
 #include "state.h"
 #include "tlinformer/engine.h"
-#include "token_ids.h"
 #include "verb_meter.h"
 
 namespace tlinformer {
@@ -123,74 +123,16 @@ struct Engine::Impl {
     ++stats.slides;
   }
 
-  bool far(const TokenIds& prompt) const {  // the host cannot read them
-    return prompt.on_device && plan.options().device != Device::cpu;
-  }
-
-  void check_lengths(const TokenIds* prompts, int64_t count) const {
-    const CachePlanOptions& options = plan.options();
-    require(count >= 1 && count <= options.batch_size, "prefill got ", count,
-            " prompts; this engine holds 1 to ", options.batch_size, " sequences (batch_size)");
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t length = prompts[i].count;
-      require(length > 0, "prompt ", i, " is empty; a prompt needs at least one token");
-      require(length <= options.max_context, "prompt ", i, " has ", length,
-              " tokens; this engine was planned for max_context = ", options.max_context,
-              "; create it with a larger one");
-    }
-  }
-
-  void narrow_prompt(const TokenIds& prompt, int64_t index, int32_t* to) const {
-    const auto take = [&](const auto* ids) {
-      narrow(ids, prompt.count, config.vocab_size, threads, to, "prompt ", index);
-    };
-    if (prompt.wide) {
-      take(static_cast<const int64_t*>(prompt.ids));
-    } else {
-      take(static_cast<const int32_t*>(prompt.ids));
-    }
-  }
-
-  // The ids that the host can read, one prompt after the other, once none at all is found wrong.
-  const int32_t* staged(const TokenIds* prompts, int64_t count) const {
-    check_lengths(prompts, count);
-    int64_t near = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const TokenIds& prompt = prompts[i];
-      if (!far(prompt)) {
-        near += prompt.count;
-      } else if (!backend->in_vocabulary(prompt)) {  // the host says which
-        std::vector<char> copy(static_cast<size_t>(prompt.count * (prompt.wide ? 8 : 4)));
-        backend->read(prompt.ids, static_cast<int64_t>(copy.size()), copy.data());
-        Tokens narrowed(static_cast<size_t>(prompt.count));
-        narrow_prompt({copy.data(), prompt.count, prompt.wide, false}, i, narrowed.data());
-      }
-    }
-    int32_t* const tokens = backend->staging(near);
-    int32_t* to = tokens;
-    for (int64_t i = 0; i < count; ++i) {
-      if (far(prompts[i])) continue;
-      narrow_prompt(prompts[i], i, to);
-      to += prompts[i].count;
-    }
-    return tokens;
-  }
-
   void prefill(const TokenIds* prompts, int64_t count, const Progress& progress) {
     const Range range("prefill", count);
-    const int32_t* tokens = staged(prompts, count);
+    Prompts taken(prompts, count, config, plan, threads, *backend);
     forget();
     Meter meter{&progress};
     std::vector<Span> windows;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t length = prompts[i].count;
       sequences[static_cast<size_t>(i)].length = length;
-      if (far(prompts[i])) {
-        backend->narrow_tokens(i, prompts[i]);
-      } else {
-        backend->write_tokens(i, 0, tokens, length);
-        tokens += length;
-      }
+      taken.write(i);
       const int64_t history = config.history_at(length - 1);
       windows.push_back(span_of(i, history, length - history, history));
       meter.total += slide_cost(windows.back().sequence, history);

@@ -95,23 +95,15 @@ inline void randomise(const Array<tlinformer::cuda::bf16>& array) {
   }
 }
 
-// Median microseconds of one `work(stream)`, captured `repeats` times in a row into a graph.
-inline double microseconds(const std::function<void(cudaStream_t)>& work, int repeats = 50) {
-  cudaStream_t stream;
-  check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  work(stream);  // one-time settings outside the capture
-  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < repeats; ++i) work(stream);
-  cudaGraph_t graph;
+// Median microseconds of the graph, launched so many times.
+inline double microseconds(cudaGraph_t graph, cudaStream_t stream, int launches) {
   cudaGraphExec_t exec;
-  check(cudaStreamEndCapture(stream, &graph), "capture");
   check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
   cudaEvent_t begin, end;
   cudaEventCreate(&begin);
   cudaEventCreate(&end);
   std::vector<float> times;
-  for (int i = 0; i < 7; ++i) {
+  for (int i = 0; i < launches; ++i) {
     cudaEventRecord(begin, stream);
     check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
     cudaEventRecord(end, stream);
@@ -121,10 +113,26 @@ inline double microseconds(const std::function<void(cudaStream_t)>& work, int re
     times.push_back(ms);
   }
   std::sort(times.begin(), times.end());
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
   cudaGraphExecDestroy(exec);
+  return times[times.size() / 2] * 1000.0;
+}
+
+// Median microseconds of one `work(stream)`, captured `repeats` times in a row into a graph.
+inline double microseconds(const std::function<void(cudaStream_t)>& work, int repeats = 50) {
+  cudaStream_t stream;
+  check(cudaStreamCreate(&stream), "cudaStreamCreate");
+  work(stream);  // one-time settings outside the capture
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int i = 0; i < repeats; ++i) work(stream);
+  cudaGraph_t graph;
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  const double all = microseconds(graph, stream, 7);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
-  return times[times.size() / 2] * 1000.0 / repeats;
+  return all / repeats;
 }
 
 // Prints one line of the kernel table.

@@ -108,27 +108,9 @@ class StepProfile {
       last = node;
       gap = false;
     }
-    cudaGraphExec_t exec;
-    check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-    cudaEvent_t begin, end;
-    cudaEventCreate(&begin);
-    cudaEventCreate(&end);
-    std::vector<float> times;
-    for (int i = 0; i < 9; ++i) {
-      cudaEventRecord(begin, stream_);
-      check(cudaGraphLaunch(exec, stream_), "cudaGraphLaunch");
-      cudaEventRecord(end, stream_);
-      check(cudaStreamSynchronize(stream_), "a step");
-      float ms = 0;
-      cudaEventElapsedTime(&ms, begin, end);
-      times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    cudaGraphExecDestroy(exec);
+    const double all = gpu::microseconds(graph, stream_, 9);
     cudaGraphDestroy(graph);
-    return times[times.size() / 2] * 1000.0 / repeats_;
+    return all / repeats_;
   }
 
   int repeats_;
