@@ -5,7 +5,8 @@
 Pairs, a token each, lie at random places among filler; the last window holds queries "? key", and
 the model is trained on the value that must follow. A key may be asked for again, so that no answer
 tells anything about the next one; scored is the first time. Small models of both kinds, several
-history windows; trained on histories of up to 992 tokens, scored up to 4064.
+history windows; trained on histories of up to 992 tokens, scored up to 4064. "-beyond" has trained
+only on histories longer than its window, which cannot be seen but through the compression.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ PAIRS, QUERIES, WINDOW = 4, 8, 32  # 8 queries of 3 tokens fit a generation wind
 LENGTHS = (64, 128, 256, 512, 1024)  # trained on, the shortest alone at first; multiples of WINDOW
 LONGER = (2048, 4096)
 MODELS = {"transformer": None, "history-16": 16, "history-64": 64, "history-256": 256}
+BEYOND = "-beyond"
+RUNS = [*MODELS, "history-64" + BEYOND, "history-256" + BEYOND]
 LEARNING_RATE = 2e-3
 
 
@@ -72,15 +75,16 @@ def answers(model: Any, ids: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
 
 def new_model(name: str, width: int) -> Any:
     """Six layers, of either kind."""
-    window = {"history_window": MODELS[name], "generation_window": WINDOW}
+    rows = MODELS[name.removesuffix(BEYOND)]
+    window = {"history_window": rows, "generation_window": WINDOW}
     config = TLinFormerConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         num_attention_heads=4,
         block_depth=3,
-        **window if MODELS[name] else {},
+        **window if rows else {},
     )
-    return build_model("tlinformer" if MODELS[name] else "transformer", config)
+    return build_model("tlinformer" if rows else "transformer", config)
 
 
 def learn(
@@ -147,7 +151,7 @@ def score(args: argparse.Namespace, model: Any, length: int) -> list[dict[str, f
 
 if __name__ == "__main__":
     parser = arguments(__doc__, text=False)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--scored", type=int, default=256, help="sequences scored of each length")
     parser.add_argument("--seed", type=int, default=0)
@@ -156,14 +160,18 @@ if __name__ == "__main__":
     if args.smoke:
         args.steps, args.tokens_per_step, args.scored = 4, 512, 16
         width, lengths, longer = 16, LENGTHS[:2], LENGTHS[2:3]
-    for name in chosen(args, list(MODELS)):
+    for name in chosen(args, RUNS):
         if (args.results / "needle" / f"{name}-seed{args.seed}.json").is_file():
             print(f"{name}: done before")
             continue
         torch.manual_seed(args.seed)
         model = new_model(name, width).to(resolve_device(args.device)).train()
         began = time.perf_counter()
-        curve = learn(args, name, model, lengths)
+        trained = lengths
+        if name.endswith(BEYOND):
+            rows = model.config.history_window
+            trained = tuple(n for n in lengths if n - WINDOW > rows) or lengths[-1:]
+        curve = learn(args, name, model, trained)
         rows = [row for n in (*lengths, *longer) for row in score(args, model.eval(), n)]
         result = {
             "run": name,
@@ -171,7 +179,7 @@ if __name__ == "__main__":
             "settings": model.config.to_dict(),
             "steps": args.steps,
             "tokens_per_step": args.tokens_per_step,
-            "trained_lengths": lengths,
+            "trained_lengths": trained,
             "chance": 1 / PAIRS,  # of who knows the values but not their keys
             "seconds": time.perf_counter() - began,
             "curve": curve,

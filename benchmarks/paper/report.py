@@ -178,7 +178,7 @@ def positions(results: Results) -> str:
 
 def by_size(results: Results) -> Results:
     """The Transformer, then the others from the smallest history window on."""
-    return sorted(results, key=lambda r: int(f"0{r['run'].partition('-')[2]}"))
+    return sorted(results, key=lambda r: int(f"0{r['run'].partition('-')[2].partition('-')[0]}"))
 
 
 def needle(results: Results) -> str:
