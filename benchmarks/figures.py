@@ -131,14 +131,14 @@ def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
     draw(
         b,
         percent(each("decode", "share", batch=1)),
-        "A token: share of the machine's limit",
+        "A token: share of torch's rate of reading",
         "%",
         False,
     )
     draw(
         c,
         percent(each("prefill", "share", batch=1)),
-        "A prompt: share of the machine's limit",
+        "A prompt: share of torch's rate of products",
         "%",
         False,
     )

@@ -13,7 +13,7 @@ from tlinformer.config import TLinFormerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the kernels' code and the libraries take of a GPU's memory, besides weights and cache.
-CUDA_RESERVE = 256 * 2**20
+CUDA_RESERVE = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,14 +200,15 @@ def available_memory(device: torch.device | str = "cpu") -> int:
     """Bytes this process can still take: the machine's, or its control group's if that is less.
 
     At least 1; 0 where the system does not say, or has no GPU. Of a GPU: what is free, and what
-    torch would free.
+    torch would free: cached segments of which no part is in use.
     """
     if device_type(device) == "cuda":
         if not torch.cuda.is_available():
             return 0
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(1, free + cached - CUDA_RESERVE)
+        split = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+        return max(1, free + cached - split - CUDA_RESERVE)
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
