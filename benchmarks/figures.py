@@ -118,6 +118,39 @@ def paper_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
 OFFSET = {"textcoords": "offset points", "fontsize": 8}
 
 
+def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:
+    """What a visitor asks first: a token, a prompt, the memory, beside what others take."""
+    value = partial(line, device=device, folder=folder, size=size, dtype=dtype_of(device), batch=1)
+    peers = (ENGINE, "transformer", "sliding-window", "naive-concatenate")
+    panels = (
+        ("decode", "ms", "A token", "ms", 1.0),
+        ("prefill", "ms", "Reading a prompt", "ms", 1.0),
+        ("cache", "bytes", "Memory of the tokens", "MiB", 2**-20),
+    )
+    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for axes, (suite, field, title, unit, scale) in zip(all_axes, panels, strict=True):
+        lines = {
+            p: {x: scale * v for x, v in value(suite, peer=p, field=field).items() if x}
+            for p in peers
+        }
+        draw(axes, lines, title, unit)
+        times = over(lines["transformer"], lines[ENGINE])
+        if times:  # how much the Transformer needs more, where both end
+            last = max(times)
+            low, high = lines[ENGINE][last], lines["transformer"][last]
+            axes.vlines(last, low, high, color="black", linestyles=":", linewidth=0.8)
+            axes.annotate(
+                f"{times[last]:.3g}x",
+                (last, (low * high) ** 0.5),
+                (0, 0),
+                ha="center",
+                va="center",
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
+                **OFFSET,
+            )
+    finish(figure, all_axes, title_of(size, device, folder), path)
+
+
 def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:
     """Prefill, throughput, energy and the share of what the machine can do."""
     value = partial(line, device=device, folder=folder, size=size, dtype=dtype_of(device))
@@ -176,7 +209,7 @@ def finish(figure: Any, all_axes: Any, title: str, path: Path) -> None:
         named |= dict(zip(labels, handles, strict=True))
         if not axes.get_xlabel():
             axes.set_xlabel("tokens of history")
-    if not any(axes.get_visible() for axes in panels[3:]):
+    if panels[3:] and not any(axes.get_visible() for axes in panels[3:]):
         panels[0].get_gridspec().set_height_ratios([1, 0.001])
         for axes in panels[3:]:
             axes.remove()

@@ -18,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import figures
 import peers_report
 from rows import rows
 
@@ -168,6 +169,29 @@ def by_size(row: dict[str, Any]) -> tuple[int, int]:
     return ("tiny", "41m", "d512", "1.3b", "7b").index(row["size"]), row["history"]
 
 
+def size_of(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def glance() -> str:
+    """The engine and others at a glance, where each metric was last measured of the Transformer."""
+    peers = ("engine", "transformer", "sliding-window", "naive-concatenate")
+    lines, runs = [["", *(peers_report.LABELS[p] for p in peers)]], []
+    for suite, field, words in (
+        ("decode", "ms", "a token after {:,}"),
+        ("prefill", "ms", "reading a prompt of {:,}"),
+        ("cache", "bytes", "memory of {:,}"),
+    ):
+        found = [r for r in rows(suite, "cuda", size="41m", batch=1) if field in r]
+        at = max(r["history"] for r in found if r["peer"] == "transformer" and r["history"] < LONG)
+        own = {r["peer"]: r for r in found if r["history"] == at}
+        show = size_of if field == "bytes" else "{:.3g} ms".format
+        cells = [show(own[p][field]) if p in own else "" for p in peers]
+        lines.append([words.format(at) + " tokens", *cells])
+        runs += [own[p]["run"] for p in peers if p in own]
+    return table(*lines) + version(runs)
+
+
 def cuda_slide() -> str:
     """Prefills and slides on the GPU."""
     found = [r for r in rows("prefill", "cuda", peer="engine", batch=1) if "slide_ms" in r]
@@ -272,8 +296,10 @@ def fill(document: Path, *tables: Callable[[], str]) -> None:
 if __name__ == "__main__":
     prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
     fill(ROOT / "models/tlinformer-prose-8m/README.md", parity)
+    figures.overview("41m", "cuda", peers_report.IMAGES / "overview-41m-cuda.png")
     fill(
         ROOT / "README.md",
+        glance,
         demo,
         state,
         planner,
