@@ -17,8 +17,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import figures
+import matplotlib.pyplot as plt
 import peers_report
 from rows import rows
 
