@@ -20,6 +20,7 @@ constexpr int kHeadWarps = 8, kHeadAhead = 1;
 constexpr int kPairs = kTile / 2;
 
 // A block has a tile of outputs for 8 NT sequences, blockIdx.y counts these.
+constexpr int kMany = 4;  // NT, unless they are few
 template <int NT>
 struct Rows {
   int first, count;
@@ -56,10 +57,11 @@ __device__ bool is_live(const StepRows& p, int row) {
   return state.live != 0 && row < p.batch;
 }
 
-template <class T, int NT>
-__global__ void __launch_bounds__(32 * kNormedWarps, NT == 1 ? 2 : 1)
+template <class T>
+__global__ void __launch_bounds__(32 * kNormedWarps)
     tlin_project_step(const __grid_constant__ ProjectStep p, float scale) {
   let_next_start();
+  constexpr int NT = kMany;
   using Normed = NormedRows<T, NT, kNormedWarps, kNormedAhead>;
   extern __shared__ uint4 shared[];
   __shared__ typename Normed::Shared measures;
@@ -169,10 +171,11 @@ __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_step(const __grid_con
   *to = {x.x + (pair.x + bias.x), x.y + (pair.y + bias.y)};
 }
 
-template <class T, int NT>
-__global__ void __launch_bounds__(32 * kNormedWarps, NT == 1 ? 2 : 1)
+template <class T>
+__global__ void __launch_bounds__(32 * kNormedWarps)
     tlin_gate_step(const __grid_constant__ GateStep p) {
   let_next_start();
+  constexpr int NT = kMany;
   using Normed = NormedRows<T, NT, kNormedWarps, kNormedAhead>;
   extern __shared__ uint4 shared[];
   __shared__ typename Normed::Shared measures;
@@ -289,16 +292,11 @@ __global__ void __launch_bounds__(32 * kHeadWarps, 2)
   p.candidates[int64_t{own.first + row} * gridDim.x + blockIdx.x] = found;
 }
 
-// Calls pass(TypeTag<T>, NT) for blocks of 8 NT sequences: of few, which are many blocks, if each
-// has a place from the beginning where a multiprocessor has room for `each`; else of many.
-template <class Pass>
-void with_rows(const StepRows& p, int tiles, int each, const Pass& pass) {
-  const bool few = p.rows_of_block > 0 ? p.rows_of_block <= 8
-                                       : tiles * ceil_div(p.batch, 8) <= each * multiprocessors();
-  with_type(p.dtype, [&](auto type) {
-    if (few) return pass(type, std::integral_constant<int, 1>{});
-    pass(type, std::integral_constant<int, 4>{});
-  });
+// Whether blocks take 8 sequences, not 32: if each of the blocks, which are then many, has a place
+// from the beginning where a multiprocessor has room for `each`.
+bool few_in_block(const StepRows& p, int outputs, int each) {
+  if (p.rows_of_block > 0) return p.rows_of_block <= 8;
+  return ceil_div(outputs, kTile) * ceil_div(p.batch, 8) <= each * multiprocessors();
 }
 
 template <int NT>
@@ -308,37 +306,44 @@ dim3 grid_of(const StepRows& p, int tiles) {
 
 }  // namespace
 
+bool few_in_block(const ProjectStep& p) {
+  return few_in_block(p, (p.query_heads + 2 * p.kv_heads) * p.head_dim, 2);
+}
+bool few_in_block(const GateStep& p) { return few_in_block(p, p.intermediate_size, 2); }
+
 void project_step(const ProjectStep& p, const Launch& how) {
   if (p.batch == 1) return project_row(p, how);
+  if (few_in_block(p)) return project_few(p, how);
   const int tiles = ceil_div((p.query_heads + 2 * p.kv_heads) * p.head_dim, kTile);
-  with_rows(p, tiles, 2, [&](auto type, auto groups) {
-    using T = typename decltype(type)::type;
-    constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_project_step<T, NT>, "project_step", grid_of<NT>(p, tiles), 32 * kNormedWarps,
-           BlockSums<kNormedWarps, 1, NT>::kBytes, p,
-           1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
+  with_type(p.dtype, [&](auto type) {
+    launch(how, tlin_project_step<typename decltype(type)::type>, "project_step",
+           grid_of<kMany>(p, tiles), 32 * kNormedWarps, BlockSums<kNormedWarps, 1, kMany>::kBytes,
+           p, 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
   });
 }
 
 void add_step(const AddStep& p, const Launch& how) {
   if (p.batch == 1) return add_row(p, how);
-  const int tiles = ceil_div(p.outputs, kTile);
-  with_rows(p, tiles, 1, [&](auto type, auto groups) {
+  with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_add_step<T, NT>, "add_step", grid_of<NT>(p, tiles), 32 * kAddWarps,
-           BlockSums<kAddWarps, 1, NT>::kBytes, p);
+    const auto with = [&](auto groups) {
+      constexpr int NT = decltype(groups)::value;
+      launch(how, tlin_add_step<T, NT>, "add_step", grid_of<NT>(p, ceil_div(p.outputs, kTile)),
+             32 * kAddWarps, BlockSums<kAddWarps, 1, NT>::kBytes, p);
+    };
+    if (few_in_block(p, p.outputs, 1)) return with(std::integral_constant<int, 1>{});
+    with(std::integral_constant<int, kMany>{});
   });
 }
 
 void gate_step(const GateStep& p, const Launch& how) {
   if (p.batch == 1) return gate_row(p, how);
+  if (few_in_block(p)) return gate_few(p, how);
   const int tiles = ceil_div(p.intermediate_size, kTile);
-  with_rows(p, tiles, 2, [&](auto type, auto groups) {
-    using T = typename decltype(type)::type;
-    constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_gate_step<T, NT>, "gate_step", grid_of<NT>(p, tiles), 32 * kNormedWarps,
-           BlockSums<kNormedWarps, 2, NT>::kBytes, p);
+  with_type(p.dtype, [&](auto type) {
+    launch(how, tlin_gate_step<typename decltype(type)::type>, "gate_step",
+           grid_of<kMany>(p, tiles), 32 * kNormedWarps, BlockSums<kNormedWarps, 2, kMany>::kBytes,
+           p);
   });
 }
 

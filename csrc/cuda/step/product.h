@@ -98,6 +98,12 @@ void project_row(const ProjectStep& p, const Launch& how);
 void add_row(const AddStep& p, const Launch& how);
 void gate_row(const GateStep& p, const Launch& how);
 
+// The same for several sequences, by blocks of at most 8, and whether these are chosen.
+void project_few(const ProjectStep& p, const Launch& how);
+void gate_few(const GateStep& p, const Launch& how);
+bool few_in_block(const ProjectStep& p);
+bool few_in_block(const GateStep& p);
+
 // Both products of an MLP: parts <- hidden down^T for each cluster's part of `hidden`, which is
 // rounded to dtype as gate_step does, but not stored.
 struct MlpStep : GateStep {
