@@ -77,17 +77,18 @@ class NormedRows {
     }
     __syncthreads();
     const float inverse_width = __fdividef(1.0f, width_);
-    constexpr int kOwn = WARPS / 4;  // warps of which a lane brings the measures together
+    constexpr int kOwn = ceil_div(WARPS, 4);  // warps of which a lane brings the measures together
     float count[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) count[i] = inputs_of(4 * i + q);
+    for (int i = 0; i < kOwn; ++i) count[i] = is_warp(4 * i + q) ? inputs_of(4 * i + q) : 0.0f;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       float2 part[kOwn];
       float weighted = 0, squares = 0;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        part[i] = shared_.measures[4 * i + q][8 * n + g];
+        part[i] = {0, 0};
+        if (is_warp(4 * i + q)) part[i] = shared_.measures[4 * i + q][8 * n + g];
         weighted += count[i] * part[i].x;
       }
       mean_[n] = of_row(weighted) * inverse_width;
@@ -117,8 +118,7 @@ class NormedRows {
   }
 
  private:
-  static_assert(WARPS % 4 == 0);
-
+  static __device__ bool is_warp(int warp) { return WARPS % 4 == 0 || warp < WARPS; }
   // The sum over the four lanes that have a row, to all of them.
   static __device__ float of_row(float sum) {
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps, 2)
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Candidate found = likeliest_of_warp(best[n][i], 4);
+      const Candidate found = likeliest_of_lanes<4, 32>(best[n][i]);
       if (g == 0) of_warps[warp][8 * n + 2 * q + i] = found;
     }
   }
@@ -353,7 +353,7 @@ int head_candidates(int vocab_size) {
 
 void head_step(const HeadStep& p, const Launch& how) {
   const int blocks = head_candidates(p.vocab_size);
-  if (p.batch == 1 && head_row(p, blocks, how)) return;
+  if (p.batch == 1 ? head_row(p, blocks, how) : head_few(p, blocks, how)) return;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto with = [&](auto groups) {

@@ -113,7 +113,9 @@ struct MlpStep : GateStep {
 int mlp_parts(const MlpStep& p);  // 0 where the device or the sizes do not allow it
 void mlp_row(const MlpStep& p, const Launch& how);
 
-// False, and nothing is launched, where the device or the width does not allow it.
+// One sequence; at most 8. False, and nothing is launched, where the device, the width or the batch
+// does not allow it.
 bool head_row(const HeadStep& p, int candidates, const Launch& how);
+bool head_few(const HeadStep& p, int candidates, const Launch& how);
 
 }  // namespace tlinformer::cuda
