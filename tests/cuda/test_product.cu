@@ -114,7 +114,7 @@ struct Problem {
       state.live = row % 3 == 1 ? 0 : 1 + row % 2;
       float* const values = &x[static_cast<size_t>(row) * width];
       if (row % 4 == 0) values[0] = 500;  // the value that the kernel measures from
-      for (int i = 0; row % 4 == 3 && i < width; ++i) values[i] += 60;  // 30 deviations
+      for (int i = 0; row % 4 == 3 && i < width; ++i) values[i] += 30;  // 15 deviations
       double* const sums = &whole[static_cast<size_t>(row) * width];
       for (int i = 0; i < width; ++i) {
         sums[i] = values[i];
