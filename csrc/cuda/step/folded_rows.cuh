@@ -2,11 +2,10 @@
 // latency: nothing but products and sums of x follows the wait for the previous kernel.
 #pragma once
 
+#include "few_sums.cuh"
 #include "folded_row.cuh"
 
 namespace tlinformer::cuda::step {
-
-constexpr int kFewRows = 8;
 
 // Two words, or zeros if not `inside`; as load_vector().
 __device__ inline uint2 load_words(const void* from, bool inside) {
@@ -17,14 +16,6 @@ __device__ inline uint2 load_words(const void* from, bool inside) {
       : "+r"(v.x), "+r"(v.y)
       : "l"(from), "r"(int{inside}));
   return v;
-}
-// Past the L1 cache: a kernel that may still have run when this one began has written it.
-__device__ inline void load_now(const float* from, bool inside, float4& to) {
-  asm volatile(
-      "{ .reg .pred inside; setp.ne.s32 inside, %5, 0;\n"
-      "@inside ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4]; }"
-      : "+f"(to.x), "+f"(to.y), "+f"(to.z), "+f"(to.w)
-      : "l"(from), "r"(int{inside}));
 }
 
 // W (z w + b), where z = (x - mean) / deviation, is a sum of products of W with x w, with w and
@@ -38,23 +29,22 @@ __device__ inline void load_now(const float* from, bool inside, float4& to) {
 // later, costs no precision; columns of B are outputs. WHOLE: all slices are in registers at once.
 template <class T, int MATRICES, int WARPS, int AHEAD, bool WHOLE>
 class FoldedRows {
-  // Floats of a row: the sums of 16 outputs of each matrix, of x and of its squares. Of both
-  // pitches the stores and loads of lanes are in different banks.
-  static constexpr int kMeasures = MATRICES * kTile, kRow = kMeasures + 8;
-  static constexpr int kWarp = kFewRows * kRow + 16;
-  static constexpr int kGroups = 4;  // of warps, whose sums a finishing lane adds up
-  static_assert(WARPS % kGroups == 0 && WARPS >= kFewRows);
+  using Rows = BlockRows<WARPS, MATRICES>;
 
  public:
   struct Shared {
-    float sums[WARPS][kWarp];
+    typename Rows::Shared rows;
     float4 fixed[WARPS][MATRICES * kTile / 2];  // two neighbours with w, with b
   };
 
   // Starts to fetch the weights and the parameters.
   __device__ FoldedRows(Shared& shared, const void* const (&matrices)[MATRICES], int outputs,
                         const Norm& norm, int width)
-      : shared_(shared), width_(width), left_(width - k_), epsilon_(norm.epsilon) {
+      : shared_(shared),
+        rows_(shared.rows),
+        width_(width),
+        left_(width - k_),
+        epsilon_(norm.epsilon) {
     weight_ = static_cast<const T*>(norm.weight) + k_;
     bias_ = static_cast<const T*>(norm.bias) + k_;
 #pragma unroll
@@ -71,15 +61,13 @@ class FoldedRows {
 
   // A warp finishes the row of its number, a lane output() and the next; four lanes have the same.
   __device__ int row() const { return warp_; }
-  __device__ static int output() { return threadIdx.x % 8 * 2; }
+  __device__ static int output() { return Rows::output(); }
 
   // What can be found before the wait. To be called in a branch: what is in one block of code with
   // the wait, the assembler moves behind it. x: `rows` rows, the last of which is repeated.
   __device__ void prepare(const float* x, int rows) {
     x_ = x + min(g_, rows - 1) * width_ + k_;
-    put_ = warp_ * kWarp + g_ * kRow + 2 * q_;
-    get_measures_ = group() * kWarp + warp_ * kRow + kMeasures;
-    get_ = get_measures_ - kMeasures + output();
+    rows_.find_places(warp_);
     multiply_constants(true);
     if constexpr (WHOLE) {
       __syncthreads();
@@ -107,42 +95,21 @@ class FoldedRows {
 
   // Of this lane's outputs.
   __device__ void finish(float per_width, float2 (&values)[MATRICES]) const {
-    const float* const all = &shared_.sums[0][0];
-    float sums[2 * MATRICES + 2];
+    float2 sums[MATRICES + 1];
 #pragma unroll
-    for (int w = 0; w < WARPS; w += kGroups) {
-#pragma unroll
-      for (int m = 0; m < MATRICES; ++m) {
-        add_pair(&sums[2 * m], all + get_ + w * kWarp + m * kTile, w == 0);
-      }
-      add_pair(&sums[2 * MATRICES], all + get_measures_ + w * kWarp, w == 0);
-    }
-    add_groups(sums);
-    const NormOf<T> norm({sums[2 * MATRICES], sums[2 * MATRICES + 1]}, per_width, epsilon_);
+    for (int m = 0; m < MATRICES; ++m) sums[m] = rows_.get(m);
+    sums[MATRICES] = rows_.get_measures();
+    Rows::add_groups(sums);
+    const NormOf<T> norm(sums[MATRICES], per_width, epsilon_);
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {
-      const float* const fixed = fixed_[m];
-      values[m] = {norm.apply(sums[2 * m], fixed[0], fixed[2]),
-                   norm.apply(sums[2 * m + 1], fixed[1], fixed[3])};
+      const float2 with_weight = fixed_[m][0], with_bias = fixed_[m][1];
+      values[m] = {norm.apply(sums[m].x, with_weight.x, with_bias.x),
+                   norm.apply(sums[m].y, with_weight.y, with_bias.y)};
     }
   }
 
  private:
-  __device__ static int group() { return threadIdx.x % 32 / 8; }
-  __device__ static void add_pair(float* sums, const float* from, bool first) {
-    const float2 part = *reinterpret_cast<const float2*>(from);
-    sums[0] = first ? part.x : sums[0] + part.x;
-    sums[1] = first ? part.y : sums[1] + part.y;
-  }
-  template <int COUNT>
-  __device__ static void add_groups(float (&sums)[COUNT]) {
-#pragma unroll
-    for (int other = 8; other < 32; other *= 2) {
-#pragma unroll
-      for (float& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    }
-  }
-
   // What is behind the last column is zero.
   __device__ uint4 load_eight(const T* from, int k) const {
     const uint2 first = load_words(from + k, k < left_);
@@ -214,13 +181,14 @@ class FoldedRows {
   __device__ void get_constants() {
 #pragma unroll
     for (int m = 0; m < MATRICES; ++m) {
+      fixed_[m][0] = fixed_[m][1] = {0, 0};
 #pragma unroll
-      for (int w = 0; w < WARPS; w += kGroups) {
-        const float4& part = shared_.fixed[group() + w][(m * kTile + output()) / 2];
-        add_pair(&fixed_[m][0], &part.x, w == 0);
-        add_pair(&fixed_[m][2], &part.z, w == 0);
+      for (int w = 0; w < WARPS; w += 4) {
+        const float4 part = shared_.fixed[Rows::group() + w][(m * kTile + output()) / 2];
+        fixed_[m][0] = {fixed_[m][0].x + part.x, fixed_[m][0].y + part.y};
+        fixed_[m][1] = {fixed_[m][1].x + part.z, fixed_[m][1].y + part.w};
       }
-      add_groups(fixed_[m]);
+      Rows::add_groups(fixed_[m]);
     }
   }
 
@@ -245,7 +213,6 @@ class FoldedRows {
     multiply(i, upper, lower, sums_);
   }
   __device__ void put() {
-    float* const to = &shared_.sums[0][0] + put_;
 #pragma unroll
     for (int other = 1; other < 4; other *= 2) {
       measures_.x += __shfl_xor_sync(0xffffffffu, measures_.x, other);
@@ -256,27 +223,26 @@ class FoldedRows {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* const own = sums_[m][half];
-        *reinterpret_cast<float2*>(to + m * kTile + 8 * half) = {own[0] + own[2], own[1] + own[3]};
+        rows_.put(m * kTile + 8 * half, {own[0] + own[2], own[1] + own[3]});
       }
     }
-    if (q_ == 0) *reinterpret_cast<float2*>(to + kMeasures) = measures_;
+    if (q_ == 0) rows_.put(Rows::kMeasures, measures_);
   }
 
   const int warp_ = warp_index(), g_ = threadIdx.x % 32 / 4, q_ = threadIdx.x % 4;
   const int k_ = warp_ * kSlice + 4 * q_;  // the lane's first input
   Shared& shared_;
+  Rows rows_;
   int width_, left_;  // left_: inputs from the lane's first on
   float epsilon_;
   const float* x_ = nullptr;
   const T *weight_, *bias_, *from_[MATRICES][2];
-  // Where this lane's sums are in shared memory, and those that it adds up.
-  int put_ = 0, get_ = 0, get_measures_ = 0;
   uint4 weight_words_[AHEAD], bias_words_[AHEAD], words_[AHEAD][MATRICES][2];
   float2 weights_[AHEAD][4] = {};
   float4 x_ahead_[AHEAD][2];
   float2 measures_ = {0, 0};  // sums of x and of its squares
   float sums_[MATRICES][2][4] = {};
-  float fixed_[MATRICES][4] = {};  // of two outputs with w, with b
+  float2 fixed_[MATRICES][2] = {};  // of two outputs with w, with b
 };
 
 }  // namespace tlinformer::cuda::step

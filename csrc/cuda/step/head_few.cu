@@ -1,32 +1,10 @@
 // The logits of at most 8 sequences' tokens.
 #include "candidate.cuh"
 #include "embed_stream.cuh"
-#include "folded_rows.cuh"
+#include "few_sums.cuh"
 #include "normed_rows.cuh"
 
 namespace tlinformer::cuda {
-namespace step {
-
-// Of 8 rows with 16 tokens. Rows are A, tokens columns of B, both as they lie: row g of A has words
-// x and y of a lane's row, row g + 8 words z and w, and either meets those of the tokens in a
-// product of its own, of which the other half counts for nothing.
-struct FewSums {
-  float upper[2][4] = {}, lower[2][4] = {};
-
-  template <class T>
-  __device__ void add(uint4 low, uint4 high, uint4 xzyw) {
-    const uint32_t rows[4] = {xzyw.x, xzyw.y, xzyw.z, xzyw.w};
-    mma<T>(upper[0], rows, low.x, low.y);
-    mma<T>(upper[1], rows, high.x, high.y);
-    mma<T>(lower[0], rows, low.z, low.w);
-    mma<T>(lower[1], rows, high.z, high.w);
-  }
-  // Of row g and token 8 half + 2 q + i.
-  __device__ float at(int half, int i) const { return upper[half][i] + lower[half][2 + i]; }
-};
-
-}  // namespace step
-
 namespace {
 
 using namespace step;
@@ -63,7 +41,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps)
     for (int i = 0; i < kAhead; ++i) {
       const int at = slice + i * kHeadWarps;
       const uint4 words = rows.at(i, at, 0);
-      if (at < slices) operand[at * 32] = {words.x, words.z, words.y, words.w};
+      if (at < slices) operand[at * 32] = other_order(words);
     }
     slice += kAhead * kHeadWarps;
     if (slice >= slices) break;
@@ -80,7 +58,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps)
     for (int i = 0; i < 4; ++i) {
       const int token = tile * kTile + i / 2 * 8 + lane % 4 * 2 + i % 2;
       if (token >= p.vocab_size || !live) continue;
-      const float logit = sums.at(i / 2, i % 2);
+      const float logit = i % 2 == 0 ? sums.at(i / 2).x : sums.at(i / 2).y;
       logits[token] = logit;
       best = likelier(best, {logit, token});
     }
