@@ -468,6 +468,7 @@ void test(const Sizes& sizes, const std::vector<int>& batches, unsigned seed) {
       if (batch == 1) break;
       problem.rows_of_block = rows;
       test_add(problem, sizes.intermediate, true, seed + 1);
+      if (sizes.width < 100) test_add(problem, 1608, true, seed + 2);  // more than are in flight
       test_gate(problem, seed + 3);
       test_project(problem, false, seed + 7);
     }

@@ -140,9 +140,10 @@ struct PlainRows {
   __device__ uint4 at(int i, int, int n) const { return b[i][n]; }
 };
 
-template <class T, int NT>
+template <class T>
 __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_step(const __grid_constant__ AddStep p) {
   let_next_start();
+  constexpr int NT = kMany;
   extern __shared__ uint4 shared[];
   const int warp = warp_index();
   const Rows<NT> own(p.batch);
@@ -324,15 +325,11 @@ void project_step(const ProjectStep& p, const Launch& how) {
 
 void add_step(const AddStep& p, const Launch& how) {
   if (p.batch == 1) return add_row(p, how);
+  if (few_in_block(p, p.outputs, 1)) return add_few(p, how);
+  const int tiles = ceil_div(p.outputs, kTile);
   with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto with = [&](auto groups) {
-      constexpr int NT = decltype(groups)::value;
-      launch(how, tlin_add_step<T, NT>, "add_step", grid_of<NT>(p, ceil_div(p.outputs, kTile)),
-             32 * kAddWarps, BlockSums<kAddWarps, 1, NT>::kBytes, p);
-    };
-    if (few_in_block(p, p.outputs, 1)) return with(std::integral_constant<int, 1>{});
-    with(std::integral_constant<int, kMany>{});
+    launch(how, tlin_add_step<typename decltype(type)::type>, "add_step", grid_of<kMany>(p, tiles),
+           32 * kAddWarps, BlockSums<kAddWarps, 1, kMany>::kBytes, p);
   });
 }
 

@@ -100,6 +100,7 @@ void gate_row(const GateStep& p, const Launch& how);
 
 // The same for several sequences, by blocks of at most 8, and whether these are chosen.
 void project_few(const ProjectStep& p, const Launch& how);
+void add_few(const AddStep& p, const Launch& how);
 void gate_few(const GateStep& p, const Launch& how);
 bool few_in_block(const ProjectStep& p);
 bool few_in_block(const GateStep& p);
