@@ -23,9 +23,8 @@ class NormedRows {
     weight_ = static_cast<const T*>(norm.weight) + own;
     bias_ = static_cast<const T*>(norm.bias) + own;
     left_ = width - own;
-    x_ = x + own;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) row_[n] = min(8 * n + g, rows - 1) * width;
+    for (int n = 0; n < NT; ++n) x_[n] = x + own + min(8 * n + g, rows - 1) * width;
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load_parameters(i, i * WARPS);
   }
@@ -115,7 +114,7 @@ class NormedRows {
 #pragma unroll
       for (int e = 0; e < 8; e += 4) {
         float4 v = {0, 0, 0, 0};
-        if (k < left_) v = __ldcg(reinterpret_cast<const float4*>(x_ + row_[n] + k + e));
+        if (k < left_) v = __ldcg(reinterpret_cast<const float4*>(x_[n] + k + e));
         float* const to = x_ahead_[i][n] + e;
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
       }
@@ -126,8 +125,7 @@ class NormedRows {
   int width_, warp_, left_;  // left_: inputs from the lane's first on
   float epsilon_;
   const T *weight_, *bias_;
-  const float* x_;
-  int row_[NT];                  // where it begins
+  const float* x_[NT];
   float scale_[NT], shift_[NT];  // of x, to the normed one
   uint4 weight_ahead_[AHEAD], bias_ahead_[AHEAD];
   float x_ahead_[AHEAD][NT][8];
