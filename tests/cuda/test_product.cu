@@ -81,7 +81,7 @@ struct Problem {
   std::vector<double> whole;    // x and its parts
   std::vector<T> norm_weight, norm_bias;
   std::vector<double> normed;  // rounded to T
-  std::vector<double> folded;  // a single row, whose norm is folded into the product, is not
+  std::vector<double> folded;  // not so, where the norm is folded into the product
   Fenced<SequenceState> device_states;
   Fenced<float> device_x, device_parts;
   Fenced<T> device_norm_weight, device_norm_bias;
@@ -114,6 +114,7 @@ struct Problem {
       state.live = row % 3 == 1 ? 0 : 1 + row % 2;
       float* const values = &x[static_cast<size_t>(row) * width];
       if (row % 4 == 0) values[0] = 500;  // the value that the kernel measures from
+      for (int i = 0; row % 4 == 3 && i < width; ++i) values[i] += 30;  // 15 deviations
       double* const sums = &whole[static_cast<size_t>(row) * width];
       for (int i = 0; i < width; ++i) {
         sums[i] = values[i];
@@ -127,7 +128,7 @@ struct Problem {
         const double w = static_cast<float>(norm_weight[i]), b = static_cast<float>(norm_bias[i]);
         const size_t at = static_cast<size_t>(row) * width + i;
         normed[at] = static_cast<float>(T(static_cast<float>(unit * w + b)));
-        folded[at] = batch == 1 ? unit * w + b : normed[at];
+        folded[at] = unit * w + b;
       }
       if (state.live == 0) std::fill(values, values + width, NAN);
     }
@@ -159,11 +160,14 @@ struct Problem {
   }
   Parts parts_of_x() const { return {device_parts.data(), part_count}; }
   bool live(int row) const { return states[row].live != 0; }
-  const double* normed_row(int row) const {
-    return &normed[static_cast<size_t>(row) * sizes.width];
+  const double* of_row(int row, bool in_product) const {
+    return &(in_product ? folded : normed)[static_cast<size_t>(row) * sizes.width];
   }
-  const double* folded_row(int row) const {
-    return &folded[static_cast<size_t>(row) * sizes.width];
+  // Of the kernel that the step takes.
+  const double* row_for(const HeadStep&, int row) const { return of_row(row, batch == 1); }
+  template <class Step>
+  const double* row_for(const Step& p, int row) const {
+    return of_row(row, batch == 1 || few_in_block(p));
   }
   // Some outputs, the first and the last among them.
   std::vector<int> checked(int count, int multiple = 1) const {
@@ -235,8 +239,8 @@ void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
       CHECK(Fenced<T>::untouched(new_values[row * stride + i]) != written);
     }
     for (const int output : problem.checked(outputs, 2)) {
-      const Dot a = dot(weight, output, problem.folded_row(row), s.width);
-      const Dot b = dot(weight, output + 1, problem.folded_row(row), s.width);
+      const Dot a = dot(weight, output, problem.row_for(p, row), s.width);
+      const Dot b = dot(weight, output + 1, problem.row_for(p, row), s.width);
       double first = a.value + static_cast<float>(bias[output]);
       double second = b.value + static_cast<float>(bias[output + 1]);
       double tolerance =
@@ -328,8 +332,8 @@ void test_gate(const Problem<T>& problem, unsigned seed) {
     }
     if (!problem.live(row)) continue;
     for (const int output : problem.checked(s.intermediate)) {
-      const Dot g = dot(gate, output, problem.folded_row(row), s.width);
-      const Dot u = dot(up, output, problem.folded_row(row), s.width);
+      const Dot g = dot(gate, output, problem.row_for(p, row), s.width);
+      const Dot u = dot(up, output, problem.row_for(p, row), s.width);
       const double silu = g.value / (1 + std::exp(-g.value)), product = silu * u.value;
       const double got =
           static_cast<float>(hidden[static_cast<size_t>(row) * s.intermediate + output]);
@@ -371,8 +375,8 @@ void test_mlp(const Problem<T>& problem, unsigned seed) {
   if (!problem.live(0)) return;
   std::vector<double> hidden;
   for (int i = 0; i < s.intermediate; ++i) {
-    const double g = dot(gate, i, problem.folded_row(0), s.width).value;
-    const double u = dot(up, i, problem.folded_row(0), s.width).value;
+    const double g = dot(gate, i, problem.of_row(0, true), s.width).value;
+    const double u = dot(up, i, problem.of_row(0, true), s.width).value;
     hidden.push_back(static_cast<float>(T(static_cast<float>(g / (1 + std::exp(-g)) * u))));
   }
   for (int output = 0; output < s.width; ++output) {
@@ -450,7 +454,7 @@ void test_head(const Problem<T>& problem, Embed kind, unsigned seed) {
       tokens.resize(1000);
     }
     for (const int token : tokens) {
-      const Dot sum = dot(embed, token, problem.folded_row(row), s.width);
+      const Dot sum = dot(embed, token, problem.row_for(p, row), s.width);
       CHECK_CLOSE(own[token], sum.value, sum.tolerance<T>());
     }
   }
@@ -464,6 +468,7 @@ void test(const Sizes& sizes, const std::vector<int>& batches, unsigned seed) {
       if (batch == 1) break;
       problem.rows_of_block = rows;
       test_add(problem, sizes.intermediate, true, seed + 1);
+      if (sizes.width < 100) test_add(problem, 1608, true, seed + 2);  // more than are in flight
       test_gate(problem, seed + 3);
       test_project(problem, false, seed + 7);
     }

@@ -17,14 +17,18 @@ __device__ inline Candidate likelier(Candidate a, Candidate b) {
   return a.logit > b.logit ? a : b;
 }
 
-// Of lanes `nearest` and more apart, to all of these.
-__device__ inline Candidate likeliest_of_warp(Candidate own, int nearest = 1) {
+// Of lanes NEAREST and more apart, but less than END, to all of these.
+template <int NEAREST, int END>
+__device__ Candidate likeliest_of_lanes(Candidate own) {
 #pragma unroll
-  for (int distance = nearest; distance < 32; distance *= 2) {
+  for (int distance = NEAREST; distance < END; distance *= 2) {
     own = likelier(own, {__shfl_xor_sync(0xffffffffu, own.logit, distance),
                          __shfl_xor_sync(0xffffffffu, own.token, distance)});
   }
   return own;
+}
+__device__ inline Candidate likeliest_of_warp(Candidate own) {
+  return likeliest_of_lanes<1, 32>(own);
 }
 
 }  // namespace tlinformer::cuda::step

@@ -20,6 +20,7 @@ constexpr int kHeadWarps = 8, kHeadAhead = 1;
 constexpr int kPairs = kTile / 2;
 
 // A block has a tile of outputs for 8 NT sequences, blockIdx.y counts these.
+constexpr int kMany = 4;  // NT, unless they are few
 template <int NT>
 struct Rows {
   int first, count;
@@ -56,10 +57,11 @@ __device__ bool is_live(const StepRows& p, int row) {
   return state.live != 0 && row < p.batch;
 }
 
-template <class T, int NT>
-__global__ void __launch_bounds__(32 * kNormedWarps, NT == 1 ? 2 : 1)
+template <class T>
+__global__ void __launch_bounds__(32 * kNormedWarps)
     tlin_project_step(const __grid_constant__ ProjectStep p, float scale) {
   let_next_start();
+  constexpr int NT = kMany;
   using Normed = NormedRows<T, NT, kNormedWarps, kNormedAhead>;
   extern __shared__ uint4 shared[];
   __shared__ typename Normed::Shared measures;
@@ -138,9 +140,10 @@ struct PlainRows {
   __device__ uint4 at(int i, int, int n) const { return b[i][n]; }
 };
 
-template <class T, int NT>
+template <class T>
 __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_step(const __grid_constant__ AddStep p) {
   let_next_start();
+  constexpr int NT = kMany;
   extern __shared__ uint4 shared[];
   const int warp = warp_index();
   const Rows<NT> own(p.batch);
@@ -169,10 +172,11 @@ __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_step(const __grid_con
   *to = {x.x + (pair.x + bias.x), x.y + (pair.y + bias.y)};
 }
 
-template <class T, int NT>
-__global__ void __launch_bounds__(32 * kNormedWarps, NT == 1 ? 2 : 1)
+template <class T>
+__global__ void __launch_bounds__(32 * kNormedWarps)
     tlin_gate_step(const __grid_constant__ GateStep p) {
   let_next_start();
+  constexpr int NT = kMany;
   using Normed = NormedRows<T, NT, kNormedWarps, kNormedAhead>;
   extern __shared__ uint4 shared[];
   __shared__ typename Normed::Shared measures;
@@ -277,7 +281,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps, 2)
   for (int n = 0; n < NT; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Candidate found = likeliest_of_warp(best[n][i], 4);
+      const Candidate found = likeliest_of_lanes<4, 32>(best[n][i]);
       if (g == 0) of_warps[warp][8 * n + 2 * q + i] = found;
     }
   }
@@ -289,16 +293,11 @@ __global__ void __launch_bounds__(32 * kHeadWarps, 2)
   p.candidates[int64_t{own.first + row} * gridDim.x + blockIdx.x] = found;
 }
 
-// Calls pass(TypeTag<T>, NT) for blocks of 8 NT sequences: of few, which are many blocks, if each
-// has a place from the beginning where a multiprocessor has room for `each`; else of many.
-template <class Pass>
-void with_rows(const StepRows& p, int tiles, int each, const Pass& pass) {
-  const bool few = p.rows_of_block > 0 ? p.rows_of_block <= 8
-                                       : tiles * ceil_div(p.batch, 8) <= each * multiprocessors();
-  with_type(p.dtype, [&](auto type) {
-    if (few) return pass(type, std::integral_constant<int, 1>{});
-    pass(type, std::integral_constant<int, 4>{});
-  });
+// Whether blocks take 8 sequences, not 32: if each of the blocks, which are then many, has a place
+// from the beginning where a multiprocessor has room for `each`.
+bool few_in_block(const StepRows& p, int outputs, int each) {
+  if (p.rows_of_block > 0) return p.rows_of_block <= 8;
+  return ceil_div(outputs, kTile) * ceil_div(p.batch, 8) <= each * multiprocessors();
 }
 
 template <int NT>
@@ -308,37 +307,40 @@ dim3 grid_of(const StepRows& p, int tiles) {
 
 }  // namespace
 
+bool few_in_block(const ProjectStep& p) {
+  return few_in_block(p, (p.query_heads + 2 * p.kv_heads) * p.head_dim, 2);
+}
+bool few_in_block(const GateStep& p) { return few_in_block(p, p.intermediate_size, 2); }
+
 void project_step(const ProjectStep& p, const Launch& how) {
   if (p.batch == 1) return project_row(p, how);
+  if (few_in_block(p)) return project_few(p, how);
   const int tiles = ceil_div((p.query_heads + 2 * p.kv_heads) * p.head_dim, kTile);
-  with_rows(p, tiles, 2, [&](auto type, auto groups) {
-    using T = typename decltype(type)::type;
-    constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_project_step<T, NT>, "project_step", grid_of<NT>(p, tiles), 32 * kNormedWarps,
-           BlockSums<kNormedWarps, 1, NT>::kBytes, p,
-           1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
+  with_type(p.dtype, [&](auto type) {
+    launch(how, tlin_project_step<typename decltype(type)::type>, "project_step",
+           grid_of<kMany>(p, tiles), 32 * kNormedWarps, BlockSums<kNormedWarps, 1, kMany>::kBytes,
+           p, 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)));
   });
 }
 
 void add_step(const AddStep& p, const Launch& how) {
   if (p.batch == 1) return add_row(p, how);
+  if (few_in_block(p, p.outputs, 1)) return add_few(p, how);
   const int tiles = ceil_div(p.outputs, kTile);
-  with_rows(p, tiles, 1, [&](auto type, auto groups) {
-    using T = typename decltype(type)::type;
-    constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_add_step<T, NT>, "add_step", grid_of<NT>(p, tiles), 32 * kAddWarps,
-           BlockSums<kAddWarps, 1, NT>::kBytes, p);
+  with_type(p.dtype, [&](auto type) {
+    launch(how, tlin_add_step<typename decltype(type)::type>, "add_step", grid_of<kMany>(p, tiles),
+           32 * kAddWarps, BlockSums<kAddWarps, 1, kMany>::kBytes, p);
   });
 }
 
 void gate_step(const GateStep& p, const Launch& how) {
   if (p.batch == 1) return gate_row(p, how);
+  if (few_in_block(p)) return gate_few(p, how);
   const int tiles = ceil_div(p.intermediate_size, kTile);
-  with_rows(p, tiles, 2, [&](auto type, auto groups) {
-    using T = typename decltype(type)::type;
-    constexpr int NT = decltype(groups)::value;
-    launch(how, tlin_gate_step<T, NT>, "gate_step", grid_of<NT>(p, tiles), 32 * kNormedWarps,
-           BlockSums<kNormedWarps, 2, NT>::kBytes, p);
+  with_type(p.dtype, [&](auto type) {
+    launch(how, tlin_gate_step<typename decltype(type)::type>, "gate_step",
+           grid_of<kMany>(p, tiles), 32 * kNormedWarps, BlockSums<kNormedWarps, 2, kMany>::kBytes,
+           p);
   });
 }
 
@@ -348,7 +350,7 @@ int head_candidates(int vocab_size) {
 
 void head_step(const HeadStep& p, const Launch& how) {
   const int blocks = head_candidates(p.vocab_size);
-  if (p.batch == 1 && head_row(p, blocks, how)) return;
+  if (p.batch == 1 ? head_row(p, blocks, how) : head_few(p, blocks, how)) return;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto with = [&](auto groups) {

@@ -98,6 +98,13 @@ void project_row(const ProjectStep& p, const Launch& how);
 void add_row(const AddStep& p, const Launch& how);
 void gate_row(const GateStep& p, const Launch& how);
 
+// The same for several sequences, by blocks of at most 8, and whether these are chosen.
+void project_few(const ProjectStep& p, const Launch& how);
+void add_few(const AddStep& p, const Launch& how);
+void gate_few(const GateStep& p, const Launch& how);
+bool few_in_block(const ProjectStep& p);
+bool few_in_block(const GateStep& p);
+
 // Both products of an MLP: parts <- hidden down^T for each cluster's part of `hidden`, which is
 // rounded to dtype as gate_step does, but not stored.
 struct MlpStep : GateStep {
@@ -107,7 +114,9 @@ struct MlpStep : GateStep {
 int mlp_parts(const MlpStep& p);  // 0 where the device or the sizes do not allow it
 void mlp_row(const MlpStep& p, const Launch& how);
 
-// False, and nothing is launched, where the device or the width does not allow it.
+// One sequence; at most 8. False, and nothing is launched, where the device, the width or the batch
+// does not allow it.
 bool head_row(const HeadStep& p, int candidates, const Launch& how);
+bool head_few(const HeadStep& p, int candidates, const Launch& how);
 
 }  // namespace tlinformer::cuda
