@@ -29,14 +29,20 @@ enum class Heads { few, many };
 #ifndef TLIN_WINDOW_EACH
 #define TLIN_WINDOW_EACH 1
 #endif
+#ifndef TLIN_MANY_UNIT
+#define TLIN_MANY_UNIT 16
+#endif
+#ifndef TLIN_MANY_EACH
+#define TLIN_MANY_EACH 3
+#endif
 template <Heads HEADS, int d>
 constexpr int kBatchWarps = HEADS == Heads::few && d <= 64 ? TLIN_WINDOW_WARPS : 8;
 // Of a tile.
 template <Heads HEADS, int d>
-constexpr int kBatchRows = HEADS == Heads::few && d <= 48 ? TLIN_WINDOW_UNIT : 16;
+constexpr int kBatchRows = d > 48 ? 16 : HEADS == Heads::few ? TLIN_WINDOW_UNIT : TLIN_MANY_UNIT;
 constexpr int batch_blocks_each(Heads heads, int d) {  // on a multiprocessor
   if (heads == Heads::few) return TLIN_WINDOW_EACH;
-  return d <= 36 ? 3 : d <= 96 ? 2 : 1;
+  return d <= 36 ? TLIN_MANY_EACH : d <= 96 ? 2 : 1;
 }
 constexpr int kBatchTiles = 16;  // most of a warp's ring
 // Shared memory of the blocks on a multiprocessor, in bytes. Beside few heads' there is room for
@@ -50,7 +56,7 @@ using BatchPlaces = WindowPlaces<d, kBatchWarps<HEADS, d>, kBatchRows<HEADS, d>,
 template <class T, int d, Heads HEADS>
 __global__ void __launch_bounds__(32 * kBatchWarps<HEADS, d>, batch_blocks_each(HEADS, d))
     tlin_batch_attention(const __grid_constant__ DecodeAttention a, int group, int shift_blocks,
-                         int tiles_each) {
+                         int tiles) {
   constexpr int kWarps = kBatchWarps<HEADS, d>, kRows = kBatchRows<HEADS, d>;
   using Places = BatchPlaces<d, HEADS>;
   using Rows = MmaRows<T, d, kRows>;
@@ -64,6 +70,7 @@ __global__ void __launch_bounds__(32 * kBatchWarps<HEADS, d>, batch_blocks_each(
   const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
   const int sequence = blockIdx.y;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tiles_each = (tiles + kWarps - 1 - warp) / kWarps;  // of this warp
   const int most = static_cast<int>(a.most_rows);
 
   // Before the token's own row exists: all others are where they will be. Only `last` may be one
@@ -72,7 +79,7 @@ __global__ void __launch_bounds__(32 * kBatchWarps<HEADS, d>, batch_blocks_each(
   const bool has_word = threadIdx.x < kStateWords;
   const int* const state = reinterpret_cast<const int*>(a.state + sequence) + threadIdx.x;
   const int known_word = load_now(state, has_word);
-  const Places places(tiles_each, group, blocks);
+  const Places places(tiles, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
   if (lane < tiles_each) prepare_copies(&arrived[warp][lane]);
@@ -91,7 +98,7 @@ __global__ void __launch_bounds__(32 * kBatchWarps<HEADS, d>, batch_blocks_each(
   const int first_row = a.window_follows_history ? history : 0;
   const int window_shift = first_row % Places::kAligned;  // rows of a copy before the first
   const auto tile_of = [&](int warp, int slot) {
-    return memory + (warp * tiles_each + slot) * (2 * Places::kTileBytes);
+    return memory + (slot * kWarps + warp) * (2 * Places::kTileBytes);
   };
   // By lane 0 of those that call, or by all where copies are not in bulk.
   const auto fetch = [&](int turn, int slot, int window_rows, int lane) {
@@ -134,7 +141,7 @@ __global__ void __launch_bounds__(32 * kBatchWarps<HEADS, d>, batch_blocks_each(
     const int row = cached + which / 2, number = context_units + row / kRows;
     const int turn = number >> shift_warps, owner = (number & (warps - 1)) >> shift_blocks;
     if (row < most - context && int64_t{first_row + row + 1} * d <= a.window.head_stride &&
-        (number & (blocks - 1)) == block && turn < tiles_each) {
+        (number & (blocks - 1)) == block && turn * kWarps + owner < tiles) {
       const int64_t offset = sequence * a.window.sequence_stride + head * a.window.head_stride +
                              int64_t{first_row + row} * d;
       newer = reinterpret_cast<const uint2*>(
@@ -277,8 +284,8 @@ WindowGrid batch_grid_of(const DecodeAttention& a) {
       std::min((blocks + multiprocessors() - 1) / multiprocessors(), batch_blocks_each(HEADS, d));
   const int most_bytes = shared_memory_of_block() - kOthers;
   const int room = std::min((HEADS == Heads::few ? kFewMemory : kManyMemory) / each, most_bytes);
-  grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kBatchTiles);
-  while (grid.tiles > 1 && bytes() > room) --grid.tiles;
+  grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kBatchTiles * kWarps);
+  while (grid.tiles > kWarps && bytes() > room) --grid.tiles;
   return bytes() <= most_bytes ? grid : WindowGrid{};
 }
 

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
-  const Places places(tiles_each, group, blocks);
+  const Places places(kWarps * tiles_each, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
   if (lane == 0) prepare_copies(&arrived[warp]);
@@ -220,7 +220,7 @@ inline bool has_clusters() {
 // How a head's rows are dealt.
 struct WindowGrid {
   int blocks = 0;  // of a head; 0: another kernel has to do it
-  int tiles = 0;   // of a warp
+  int tiles = 0;   // of a block
 };
 
 // As many blocks of a head as the multiprocessors and the rows have work for, and the shared memory
@@ -236,7 +236,8 @@ WindowGrid window_grid(const DecodeAttention& a) {
     grid.blocks *= 2;
   }
   const auto fits = [&] {
-    grid.tiles = Places::tiles_of(rows, grid.blocks);
+    const int tiles = Places::tiles_of(rows, grid.blocks);
+    grid.tiles = (tiles + kWindowWarps - 1) / kWindowWarps * kWindowWarps;
     return Places(grid.tiles, group, grid.blocks).end <= 160 * 1024;
   };
   while (grid.blocks < most && !fits()) grid.blocks *= 2;
@@ -257,7 +258,7 @@ bool launch_window_attention(const DecodeAttention& a, const Launch& how) {
   while (1 << shift < grid.blocks) ++shift;
   launch(clusters, tlin_window_attention<T, d>, "window attention",
          dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
-         32 * kWindowWarps, static_cast<size_t>(places.end), a, shift, grid.tiles);
+         32 * kWindowWarps, static_cast<size_t>(places.end), a, shift, grid.tiles / kWindowWarps);
   return true;
 }
 

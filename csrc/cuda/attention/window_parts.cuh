@@ -8,9 +8,9 @@ namespace tlinformer::cuda {
 
 constexpr int kWindowCluster = 8;  // most blocks of a head
 
-// What a block of `blocks` for a head keeps, in bytes: each warp's tiles of ROWS keys and values;
-// of the queries that this block merges and of both softmaxes, the records of all warps, RECORD
-// floats apart.
+// What a block of `blocks` for a head keeps, in bytes: `tiles` of ROWS keys and values; of the
+// queries that this block merges and of both softmaxes, the records of all warps, RECORD floats
+// apart.
 template <int d, int WARPS, int ROWS, int RECORD = d + 2>
 struct WindowPlaces {
   // The first of an odd number of rows may lie behind one more, where copies may begin.
@@ -19,14 +19,13 @@ struct WindowPlaces {
   static constexpr int kRecord = RECORD;
   int records, end;
 
-  // Tiles of a warp for all of its rows.
+  // Tiles of a block for all of its rows.
   static int tiles_of(int most_rows, int blocks) {
-    const int warps = blocks * WARPS;
-    return (most_rows / ROWS + 2 + warps - 1) / warps;
+    return (most_rows / ROWS + 2 + blocks - 1) / blocks;
   }
   __host__ __device__ WindowPlaces(int tiles, int group, int blocks) {
     const int warps = blocks * WARPS;
-    records = WARPS * tiles * 2 * kTileBytes;
+    records = tiles * 2 * kTileBytes;
     end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
   }
 };
