@@ -39,7 +39,9 @@ template <Heads HEADS, int d>
 constexpr int kBatchWarps = HEADS == Heads::few && d <= 64 ? TLIN_WINDOW_WARPS : 8;
 // Of a tile.
 template <Heads HEADS, int d>
-constexpr int kBatchRows = d > 48 ? 16 : HEADS == Heads::few ? TLIN_WINDOW_UNIT : TLIN_MANY_UNIT;
+constexpr int kBatchRows = d > 48                ? 16
+                           : HEADS == Heads::few ? TLIN_WINDOW_UNIT
+                                                 : TLIN_MANY_UNIT;
 constexpr int batch_blocks_each(Heads heads, int d) {  // on a multiprocessor
   if (heads == Heads::few) return TLIN_WINDOW_EACH;
   return d <= 36 ? TLIN_MANY_EACH : d <= 96 ? 2 : 1;
