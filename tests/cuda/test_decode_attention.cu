@@ -313,6 +313,16 @@ void test_sizes() {
   std::vector<Lengths> many;
   for (int s = 0; s < 300; ++s) many.push_back(lengths(60));
   test<T>({32, 2, 1, ContextRows::history, true, many}, ++seed);
+  // Of a batch: eight queries of a key/value head, and more, also where rows follow one another;
+  // few heads, in clusters.
+  many[0] = {900 + random.below(9), 1, 50 + random.below(50), 1};
+  test<T>({36, 9, 1, ContextRows::history, true, many, 1, 0, true}, ++seed);
+  test<T>({64, 8, 1, ContextRows::history, false, many, 1, 0, true}, ++seed);
+  const std::vector<Lengths> few = {
+      {3000 + random.below(9), 900, 200, 1}, {70, 70, 1, 1}, {0, 0, 33, 2}};
+  test<T>({36, 9, 1, ContextRows::history, true, few, 1, 0, true}, ++seed);
+  test<T>({128, 16, 2, ContextRows::compressed, false, few, 1, 0, true}, ++seed);
+  test<T>({36, 12, 12, ContextRows::compressed, true, few, 1, 0, true}, ++seed);
 }
 
 // Offsets beyond 2^31 elements: keys of zeros weigh all values, which are equal, the same.

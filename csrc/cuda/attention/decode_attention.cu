@@ -2,6 +2,7 @@
 // head merges the blocks' softmaxes of it.
 #include <algorithm>
 
+#include "batch_attention.cuh"
 #include "decode_attention.h"
 #include "decode_plan.cuh"
 #include "decode_rows.cuh"
@@ -359,8 +360,8 @@ void decode_attention_of(const DecodeAttention& a, const Scratch& scratch, const
   switch (a.head_dim) {
 #define TLINFORMER_CASE(D)                                                \
   case D:                                                                 \
-    if (const WindowGrid grid = window_grid<D>(a); grid.blocks > 0)       \
-      return launch_window_attention<T, D>(a, grid, how);                 \
+    if (a.batch == 1 && launch_window_attention<T, D>(a, how)) return;    \
+    if (a.batch > 1 && launch_batch_attention<T, D>(a, how)) return;      \
     if (!grouped) return decode_attention_with<T, D, 1>(a, scratch, how); \
     return decode_attention_with<T, D, heads_of_pass(D, true)>(a, scratch, how);
     TLINFORMER_HEAD_SIZES(TLINFORMER_CASE)

@@ -12,6 +12,15 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Whether one lane starts a copy, which then needs no others.
+__device__ constexpr bool copies_in_bulk() {
+#if __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
 // Before the first copy, by one thread; the warp synchronises after it.
 __device__ inline void prepare_copies(uint64_t* arrived) {
 #if __CUDA_ARCH__ >= 900
@@ -76,6 +85,13 @@ __device__ inline void copy_rows(char* to, const void* from, uint32_t bytes, uin
                  "l"(__cvta_generic_to_global(from) + at)
                  : "memory");
   }
+#endif
+}
+
+// By all lanes: copies which follow may overwrite what the warp has stored.
+__device__ inline void order_copies_after_own_stores() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

@@ -1,7 +1,6 @@
-// The decode attention of layers that read few rows: the blocks of a head's cluster have its rows
-// in shared memory before the query exists, eight or few times eight in each warp, and one of them
-// merges the softmaxes of all warps. In a batch, whose rows may be more than fit, a warp's tiles
-// are a ring: the rest of its rows follow as the first ones are done.
+// The decode attention of a single sequence's layers that read few rows: the blocks of a head's
+// cluster have its rows in shared memory before the query exists, eight or few times eight in each
+// warp, and one of them merges the softmaxes of all warps.
 #pragma once
 
 #include "../dsmem.cuh"
@@ -12,48 +11,33 @@
 
 namespace tlinformer::cuda {
 
-// Heads of all sequences together: one sequence's; no more than multiprocessors; or more.
-enum class Heads { single, few, many };
+constexpr int kWindowWarps = 8;
+constexpr int window_blocks_each(int d) { return d <= 96 ? 2 : 1; }  // on a multiprocessor
 
-// Few heads' blocks fill half of a multiprocessor's registers, and one or two run on it. Of many,
-// as many blocks run on one as its registers hold.
-template <Heads HEADS>
-constexpr int kWindowWarps = HEADS == Heads::few ? 16 : 8;
-constexpr int window_blocks_each(Heads heads, int d) {
-  if (heads == Heads::few) return d <= 64 ? 2 : 1;
-  if (heads == Heads::single) return d <= 96 ? 2 : 1;
-  return d <= 48 ? 3 : d <= 96 ? 2 : 1;
-}
-constexpr int kWindowTiles = 16;  // most of a warp's ring
-// Shared memory of the blocks on a multiprocessor, in bytes. Beside few heads' there is room for
-// the kernels before and after.
-constexpr int kFewMemory = 210 * 1024, kManyMemory = 200 * 1024;
-
-template <class T, int d, Heads HEADS>
-__global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(HEADS, d))
+template <class T, int d>
+__global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
     tlin_window_attention(const __grid_constant__ DecodeAttention a, int shift_blocks,
                           int tiles_each) {
-  constexpr int kWarps = kWindowWarps<HEADS>;
-  constexpr bool kRing = HEADS != Heads::single;  // else all rows have their tile
-  using Places = WindowPlaces<d, kWarps>;
+  constexpr int kWarps = kWindowWarps;
+  using Places = WindowPlaces<d, kWarps, kEight>;
   using Rows = EightRows<T, d>;
   constexpr int kRecord = Places::kRecord;
   let_next_start();
   extern __shared__ __align__(128) char memory[];
-  __shared__ uint64_t arrived[kWarps][kRing ? kWindowTiles : 1], all_records;
+  __shared__ uint64_t arrived[kWarps], all_records;
   __shared__ SequenceState known, current;
   __shared__ __align__(8) float parts[kWarps][d];  // of an output
   const int blocks = 1 << shift_blocks,
-            shift_warps = shift_blocks + (kWarps == 16 ? 4 : 3);  // a power of two, all of them
+            shift_warps = shift_blocks + 3;  // a power of two, all of them
   const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
   const int sequence = blockIdx.y;
   const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
-  const Places places(tiles_each, group, blocks);
+  const Places places(kWarps * tiles_each, group, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
-  if (lane < (kRing ? tiles_each : 1)) prepare_copies(&arrived[warp][lane]);
+  if (lane == 0) prepare_copies(&arrived[warp]);
   if (threadIdx.x == 0 && blocks > 1) dsmem::barrier_init(record_barrier, 1);
   __syncwarp();
   if (blocks > 1) dsmem::arrive_at_blocks();
@@ -87,7 +71,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
     char* tile;
     T *keys, *values;
   };
-  const auto unit_of = [&](int turn, int slot) {
+  const auto unit_of = [&](int turn) {
     const int number = place + turn * warps;
     Unit u;
     u.of_context = number < context_units;
@@ -98,7 +82,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
                            int64_t{u.first + (u.of_context ? 0 : first_row)} * d;
     u.cached_keys = static_cast<const T*>(cache.keys) + offset;
     u.cached_values = static_cast<const T*>(cache.values) + offset;
-    u.tile = tiles + slot * 2 * Places::kTileBytes;
+    u.tile = tiles + turn * 2 * Places::kTileBytes;
     u.keys = reinterpret_cast<T*>(u.tile) + u.shift * d;
     u.values = u.keys + kValues;
     return u;
@@ -112,20 +96,14 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
     copy_rows(u.tile + Places::kTileBytes, u.cached_values - u.shift * d, part, barrier, lane);
   };
   uint32_t bytes = 0;
-  if constexpr (!kRing) {
 #pragma unroll 1
-    for (int turn = 0; turn < tiles_each; ++turn) {
-      bytes += 2 * bytes_of(unit_of(turn, turn), cached);
-    }
-    if (bytes > 0) expect_copies(bytes, arrived[warp], lane);
-  }
+  for (int turn = 0; turn < tiles_each; ++turn) bytes += 2 * bytes_of(unit_of(turn), cached);
+  if (bytes > 0) expect_copies(bytes, &arrived[warp], lane);
 #pragma unroll 1
   for (int turn = 0; turn < tiles_each; ++turn) {
-    const Unit u = unit_of(turn, turn);
+    const Unit u = unit_of(turn);
     const uint32_t part = bytes_of(u, cached);
-    uint64_t* const barrier = &arrived[warp][kRing ? turn : 0];
-    if (kRing) expect_copies(2 * part, barrier, lane);  // also of none: somebody waits for it
-    if (part > 0) copy(u, part, barrier);
+    if (part > 0) copy(u, part, &arrived[warp]);
   }
   commit_copies();
   // The rows that no copy has brought: one more than there may be, as `own` is not known yet.
@@ -141,7 +119,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
   for (int i = 0; i < 2; ++i) {
     const int turn = turn_of_newer(i);
     if (turn < 0) continue;
-    const Unit u = unit_of(turn, turn);
+    const Unit u = unit_of(turn);
     const int at = (cached + i) % kEight * d;
     newer[i].aim(u.cached_keys + at, u.cached_values + at, u.keys + at, u.values + at);
   }
@@ -155,38 +133,14 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
 #pragma unroll
   for (auto& row : newer) row.load();
   fetch_state(&current);
-  if constexpr (!kRing) {
-    if (bytes > 0) await_tile<1>(arrived[warp], 0, false);
+  if (bytes > 0) await_tile<1>(&arrived[warp], 0, false);
 #pragma unroll
-    for (const auto& row : newer) row.store();
-  }
+  for (const auto& row : newer) row.store();
   __syncthreads();
-  if (current.live == 0) {
-    // No copy may be under way into memory that is no longer this block's.
-    for (int turn = 0; kRing && turn < tiles_each; ++turn) {
-      await_tile<1>(&arrived[warp][turn], 0, false);
-    }
-    return;
-  }
-  if constexpr (kRing) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int turn = turn_of_newer(i);
-      if (turn < 0) continue;
-      await_tile<1>(&arrived[warp][turn], 0, false);
-      newer[i].store();
-    }
-    __syncwarp();
-  }
+  if (current.live == 0) return;
   const int window = static_cast<int>(current.last) - history + 1,
             window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
-  // What has no tile yet follows in the order of its use: for one query after the other.
-  const int turns = (units - place + warps - 1) >> shift_warps;
-  const bool streams = kRing && turns > tiles_each;
-  int slot = 0, to_fetch = streams ? group * turns - tiles_each : 0, next_turn = tiles_each;
-  uint32_t parity = 0;  // of the ring's rounds
-  if (streams) order_copies_after_stores();
   // Query i is merged by block i % blocks. A softmax's records are as many as warps with
   // rows of it.
   const int merges = max(group - block + blocks - 1, 0) >> shift_blocks;
@@ -199,12 +153,9 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
 
 #pragma unroll 1
   for (int i = 0; i < group; ++i) {
-    // Few heads' registers have no room for two queries; then other warps hide the wait.
-    constexpr bool kNext = HEADS != Heads::few;
     typename Rows::Query next;
-    if (kNext && i + 1 < group) next = Rows::load(queries + (i + 1) * d);
+    if (i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     int turn = 0;
-    if (!streams) slot = 0;
 #pragma unroll 1
     for (int softmax = 0; softmax < 2; ++softmax) {
       const int first = turn, end = softmax == 0 ? context_units : units;
@@ -214,24 +165,9 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
         const int number = place + turn * warps;
         const int left =
             softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
-        const T* const keys = reinterpret_cast<const T*>(tiles + slot * 2 * Places::kTileBytes) +
+        const T* const keys = reinterpret_cast<const T*>(tiles + turn * 2 * Places::kTileBytes) +
                               (softmax == 0 ? 0 : window_shift * d);
-        if (kRing) await_tile<1>(&arrived[warp][slot], parity, false);
         rows.add(query, keys, keys + kValues, min(kEight, left));
-        if (kRing && to_fetch > 0) {
-          __syncwarp();  // all have read what is overwritten
-          const Unit u = unit_of(next_turn, slot);
-          const uint32_t part = bytes_of(u, window);
-          expect_copies(2 * part, &arrived[warp][slot], lane);
-          copy(u, part, &arrived[warp][slot]);
-          commit_copies();
-          --to_fetch;
-          if (++next_turn == turns) next_turn = 0;
-        }
-        if (++slot == tiles_each && streams) {
-          slot = 0;
-          parity ^= 1;
-        }
       }
       if (turn == first) continue;
       const int number = softmax == 0 ? place : (place + first * warps - context_units);
@@ -245,7 +181,6 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
         rows.finish([&](int at, float2 x) { dsmem::send(to + 4 * at, x, barrier); });
       }
     }
-    if (!kNext && i + 1 < group) next = Rows::load(queries + (i + 1) * d);
     query = next;
   }
   if (merges == 0) return;
@@ -278,85 +213,53 @@ __global__ void __launch_bounds__(32 * kWindowWarps<HEADS>, window_blocks_each(H
 }
 
 inline bool has_clusters() {
-  static const bool has = compiled_for(tlin_window_attention<bf16, 64, Heads::single>, 90);
+  static const bool has = compiled_for(tlin_window_attention<bf16, 64>, 90);
   return has;
 }
 
-// How the heads' rows are dealt.
+// How a head's rows are dealt.
 struct WindowGrid {
-  Heads heads = Heads::single;
   int blocks = 0;  // of a head; 0: another kernel has to do it
-  int tiles = 0;   // of a warp
+  int tiles = 0;   // of a block
 };
 
-// As many blocks of a head as the multiprocessors and the rows have work for. A single sequence has
-// all of its rows in shared memory, or takes another kernel; a batch as many tiles as there is
-// room.
-template <int d, Heads HEADS>
-WindowGrid window_grid_of(const DecodeAttention& a) {
-  constexpr int kWarps = kWindowWarps<HEADS>;
-  using Places = WindowPlaces<d, kWarps>;
-  const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
-  const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
-  WindowGrid grid{HEADS, 1, 0};
-  // Blocks on a multiprocessor: of wider heads, two are slower than one.
-  constexpr int kTogether = HEADS == Heads::few && d <= 48 ? 2 : 1;
-  while (grid.blocks < most && 2 * grid.blocks * heads <= kTogether * multiprocessors() &&
-         rows > grid.blocks * kWarps * kEight) {
-    grid.blocks *= 2;
-  }
-  const auto bytes = [&] { return Places(grid.tiles, group, grid.blocks).end; };
-  if constexpr (HEADS == Heads::single) {
-    const auto fits = [&] {
-      grid.tiles = Places::tiles_of(rows, grid.blocks);
-      return bytes() <= 160 * 1024;
-    };
-    while (grid.blocks < most && !fits()) grid.blocks *= 2;
-    return fits() ? grid : WindowGrid{};
-  }
-  constexpr int kOthers = 16 * 1024;  // that is not dynamic
-  const int blocks = grid.blocks * heads;
-  const int each =
-      std::min((blocks + multiprocessors() - 1) / multiprocessors(), window_blocks_each(HEADS, d));
-  const int most_bytes = shared_memory_of_block() - kOthers;
-  const int room = std::min((HEADS == Heads::few ? kFewMemory : kManyMemory) / each, most_bytes);
-  grid.tiles = std::min(Places::tiles_of(rows, grid.blocks), kWindowTiles);
-  while (grid.tiles > 1 && bytes() > room) --grid.tiles;
-  return bytes() <= most_bytes ? grid : WindowGrid{};
-}
-
+// As many blocks of a head as the multiprocessors and the rows have work for, and the shared memory
+// needs.
 template <int d>
 WindowGrid window_grid(const DecodeAttention& a) {
-  if (a.most_rows <= 0 || a.most_rows > 16384) return {};
-  if (a.batch == 1) return window_grid_of<d, Heads::single>(a);
-  if (a.kv_heads * a.batch <= multiprocessors()) return window_grid_of<d, Heads::few>(a);
-  return window_grid_of<d, Heads::many>(a);
+  using Places = WindowPlaces<d, kWindowWarps, kEight>;
+  const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
+  const int most = has_clusters() ? kWindowCluster : 1;
+  WindowGrid grid{1, 0};
+  while (grid.blocks < most && 2 * grid.blocks * a.kv_heads <= multiprocessors() &&
+         rows > grid.blocks * kWindowWarps * kEight) {
+    grid.blocks *= 2;
+  }
+  const auto fits = [&] {
+    const int tiles = Places::tiles_of(rows, grid.blocks);
+    grid.tiles = (tiles + kWindowWarps - 1) / kWindowWarps * kWindowWarps;
+    return Places(grid.tiles, group, grid.blocks).end <= 160 * 1024;
+  };
+  while (grid.blocks < most && !fits()) grid.blocks *= 2;
+  return fits() ? grid : WindowGrid{};
 }
 
-template <class T, int d, Heads HEADS>
-void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
-  constexpr int kWarps = kWindowWarps<HEADS>;
+// False, and nothing is launched, where rows are too many.
+template <class T, int d>
+bool launch_window_attention(const DecodeAttention& a, const Launch& how) {
+  if (a.most_rows <= 0 || a.most_rows > 16384) return false;
+  const WindowGrid grid = window_grid<d>(a);
+  if (grid.blocks == 0) return false;
   Launch clusters = how;
   clusters.cluster = grid.blocks;
-  if (HEADS != Heads::single) clusters.shared_percent = kAllShared;
-  const WindowPlaces<d, kWarps> places(grid.tiles, a.query_heads / a.kv_heads, grid.blocks);
+  const WindowPlaces<d, kWindowWarps, kEight> places(grid.tiles, a.query_heads / a.kv_heads,
+                                                     grid.blocks);
   int shift = 0;
   while (1 << shift < grid.blocks) ++shift;
-  launch(clusters, tlin_window_attention<T, d, HEADS>, "window attention",
+  launch(clusters, tlin_window_attention<T, d>, "window attention",
          dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
-         32 * kWarps, static_cast<size_t>(places.end), a, shift, grid.tiles);
-}
-
-template <class T, int d>
-void launch_window_attention(const DecodeAttention& a, const WindowGrid& grid, const Launch& how) {
-  switch (grid.heads) {
-    case Heads::single:
-      return launch_window_attention<T, d, Heads::single>(a, grid, how);
-    case Heads::few:
-      return launch_window_attention<T, d, Heads::few>(a, grid, how);
-    case Heads::many:
-      return launch_window_attention<T, d, Heads::many>(a, grid, how);
-  }
+         32 * kWindowWarps, static_cast<size_t>(places.end), a, shift, grid.tiles / kWindowWarps);
+  return true;
 }
 
 }  // namespace tlinformer::cuda

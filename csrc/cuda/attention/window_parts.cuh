@@ -8,24 +8,24 @@ namespace tlinformer::cuda {
 
 constexpr int kWindowCluster = 8;  // most blocks of a head
 
-// What a block of `blocks` for a head keeps, in bytes: each warp's tiles of eight keys and values;
-// of the queries that this block merges and of both softmaxes, the records of all warps.
-template <int d, int WARPS>
+// What a block of `blocks` for a head keeps, in bytes: `tiles` of ROWS keys and values; of the
+// queries that this block merges and of both softmaxes, the records of all warps, RECORD floats
+// apart.
+template <int d, int WARPS, int ROWS, int RECORD = d + 2>
 struct WindowPlaces {
   // The first of an odd number of rows may lie behind one more, where copies may begin.
   static constexpr int kAligned = d % 8 == 0 ? 1 : 2;
-  static constexpr int kTileBytes = ((kEight + kAligned - 1) * d * 2 + 15) / 16 * 16;
-  static constexpr int kRecord = d + 2;
+  static constexpr int kTileBytes = ((ROWS + kAligned - 1) * d * 2 + 15) / 16 * 16;
+  static constexpr int kRecord = RECORD;
   int records, end;
 
-  // Tiles of a warp for all of its rows.
+  // Tiles of a block for all of its rows.
   static int tiles_of(int most_rows, int blocks) {
-    const int warps = blocks * WARPS;
-    return (most_rows / kEight + 2 + warps - 1) / warps;
+    return (most_rows / ROWS + 2 + blocks - 1) / blocks;
   }
   __host__ __device__ WindowPlaces(int tiles, int group, int blocks) {
     const int warps = blocks * WARPS;
-    records = WARPS * tiles * 2 * kTileBytes;
+    records = tiles * 2 * kTileBytes;
     end = records + (group + blocks - 1) / blocks * 2 * warps * kRecord * 4;
   }
 };
@@ -114,6 +114,64 @@ __device__ void merge_records(const float* records, int count, int first, float*
   for (int e = 0; e < Rows::kOwnValues; e += 2) {
     *reinterpret_cast<float2*>(to + Rows::kOwnValues * lane + e) = {sums[e] * scale,
                                                                     sums[e + 1] * scale};
+  }
+}
+
+// By a warp, half of it a softmax: a query's output from the records of the warps that have had
+// rows of the softmax.
+template <class T, int d, int RECORD>
+__device__ void merge_softmaxes(const float* records, int count, T* output) {
+  constexpr int kVectors = (d + 63) / 64;  // of four elements, in a lane
+  constexpr int kLoads = 8 / kVectors;     // records in flight
+  const int lane = threadIdx.x % 16;
+  float4 total[kVectors] = {};
+  float top = kMinusInfinity, sum = 0;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kLoads) {
+    float2 measure[kLoads];
+    float4 part[kLoads][kVectors];
+    float peak = top;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      // The last record again does no harm with a weight of zero.
+      const float* const from = records + min(first + i, count - 1) * RECORD;
+      measure[i] = *reinterpret_cast<const float2*>(from + d);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const int at = min(4 * (lane + 16 * v), d - 4);
+        part[i][v] = *reinterpret_cast<const float4*>(from + at);
+      }
+      peak = fmaxf(peak, measure[i].x);
+    }
+    const float scale = exp2_fast(top - peak);
+    top = peak;
+    sum *= scale;
+#pragma unroll
+    for (float4& x : total) x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const float weight = first + i < count ? exp2_fast(measure[i].x - peak) : 0.0f;
+      sum += weight * measure[i].y;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        total[v].x += weight * part[i][v].x, total[v].y += weight * part[i][v].y;
+        total[v].z += weight * part[i][v].z, total[v].w += weight * part[i][v].w;
+      }
+    }
+  }
+  const float scale = count > 0 ? __fdividef(1.0f, sum) : 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const auto both = [&](float x) {
+      x *= scale;
+      return x + __shfl_xor_sync(0xffffffffu, x, 16);
+    };
+    const float x = both(total[v].x), y = both(total[v].y), z = both(total[v].z),
+                w = both(total[v].w);
+    const int at = 4 * (lane + 16 * v);
+    if (threadIdx.x % 32 < 16 && at < d) {
+      *reinterpret_cast<uint2*>(output + at) = {pack<T>(x, y), pack<T>(z, w)};
+    }
   }
 }
 
