@@ -17,34 +17,13 @@ namespace tlinformer::cuda {
 // Heads of all sequences together: no more than multiprocessors, or more.
 enum class Heads { few, many };
 
-#ifndef TLIN_WINDOW_WARPS
-#define TLIN_WINDOW_WARPS 16
-#endif
-#ifndef TLIN_WINDOW_BLOCKS
-#define TLIN_WINDOW_BLOCKS 1
-#endif
-#ifndef TLIN_WINDOW_UNIT
-#define TLIN_WINDOW_UNIT 32
-#endif
-#ifndef TLIN_WINDOW_EACH
-#define TLIN_WINDOW_EACH 1
-#endif
-#ifndef TLIN_MANY_UNIT
-#define TLIN_MANY_UNIT 16
-#endif
-#ifndef TLIN_MANY_EACH
-#define TLIN_MANY_EACH 3
-#endif
 template <Heads HEADS, int d>
-constexpr int kBatchWarps = HEADS == Heads::few && d <= 64 ? TLIN_WINDOW_WARPS : 8;
+constexpr int kBatchWarps = HEADS == Heads::few && d <= 64 ? 16 : 8;
 // Of a tile.
 template <Heads HEADS, int d>
-constexpr int kBatchRows = d > 48                ? 16
-                           : HEADS == Heads::few ? TLIN_WINDOW_UNIT
-                                                 : TLIN_MANY_UNIT;
+constexpr int kBatchRows = HEADS == Heads::few && d <= 48 ? 32 : 16;
 constexpr int batch_blocks_each(Heads heads, int d) {  // on a multiprocessor
-  if (heads == Heads::few) return TLIN_WINDOW_EACH;
-  return d <= 36 ? TLIN_MANY_EACH : d <= 96 ? 2 : 1;
+  return heads == Heads::few ? 1 : d <= 36 ? 3 : d <= 96 ? 2 : 1;
 }
 constexpr int kBatchTiles = 16;  // most of a warp's ring
 // Shared memory of the blocks on a multiprocessor, in bytes. Beside few heads' there is room for
@@ -275,7 +254,7 @@ WindowGrid batch_grid_of(const DecodeAttention& a) {
   const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
   const int heads = a.kv_heads * a.batch, most = has_clusters() ? kWindowCluster : 1;
   WindowGrid grid{1, 0};
-  while (grid.blocks < most && 2 * grid.blocks * heads <= TLIN_WINDOW_BLOCKS * multiprocessors() &&
+  while (grid.blocks < most && 2 * grid.blocks * heads <= multiprocessors() &&
          rows > grid.blocks * kWarps * kRows) {
     grid.blocks *= 2;
   }
