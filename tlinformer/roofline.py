@@ -22,7 +22,7 @@ from tlinformer.engine import Engine, SamplingParams
 KERNELS = (
     (r"tlin_project_", "project"),
     (r"tlin_(add|gated?|mlp)_", "finish"),
-    (r"tlin_(decode|history|window|prefill|resident)_", "attend"),
+    (r"tlin_(batch|decode|history|window|prefill|resident)_", "attend"),
     (r"tlin_head_", "head"),
     (r"tlin_(sample|feed)_|tlin_mark_seen|tlin_set_history", "draw"),
     (r"tlin_(norm|rotate|silu)_rows|tlin_widen|tlin_(check|narrow)_ids", "rows"),
