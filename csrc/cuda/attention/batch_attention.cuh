@@ -167,7 +167,10 @@ __global__ void __launch_bounds__(32 * kBatchWarps<HEADS, d>, batch_blocks_each(
   int slot = 0, next_turn = tiles_each;
   int to_fetch = streams ? (group + Rows::kQueries - 1) / Rows::kQueries * turns - tiles_each : 0;
   uint32_t parity = 0;  // of the ring's rounds
-  if (streams) order_copies_after_stores();
+  if (streams) {
+    order_copies_after_stores();
+    order_copies_after_own_stores();  // of newer rows, whose tiles copies may overwrite
+  }
   // Query i is merged by block i % blocks. A softmax's records are as many as warps with
   // rows of it.
   const int merges = max(group - block + blocks - 1, 0) >> shift_blocks;
@@ -280,11 +283,9 @@ bool launch_batch_attention(const DecodeAttention& a, const Launch& how) {
   clusters.shared_percent = kAllShared;
   const int group = a.query_heads / a.kv_heads;
   const BatchPlaces<d, HEADS> places(grid.tiles, group, grid.blocks);
-  int shift = 0;
-  while (1 << shift < grid.blocks) ++shift;
   launch(clusters, tlin_batch_attention<T, d, HEADS>, "batch attention",
          dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
-         32 * kWarps, static_cast<size_t>(places.end), a, group, shift, grid.tiles);
+         32 * kWarps, static_cast<size_t>(places.end), a, group, grid.shift(), grid.tiles);
   return true;
 }
 

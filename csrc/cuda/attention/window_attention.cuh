@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   const int blocks = 1 << shift_blocks,
             shift_warps = shift_blocks + 3;  // a power of two, all of them
   const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
-  const int sequence = blockIdx.y;
   const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   // behind; then the window's last row but one comes later, too.
   const auto fetch_state = [&](SequenceState* to) {
     constexpr int kWords = sizeof(SequenceState) / sizeof(int);
-    const int* const from = reinterpret_cast<const int*>(a.state + sequence) + threadIdx.x;
+    const int* const from = reinterpret_cast<const int*>(a.state) + threadIdx.x;
     if (threadIdx.x < kWords) reinterpret_cast<int*>(to)[threadIdx.x] = load_now(from, true);
   };
   fetch_state(&known);
@@ -78,8 +77,8 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
     u.first = (number - (u.of_context ? 0 : context_units)) * kEight;
     u.shift = u.of_context ? 0 : window_shift;
     const CachedRows& cache = u.of_context ? a.context : a.window;
-    const int64_t offset = sequence * cache.sequence_stride + head * cache.head_stride +
-                           int64_t{u.first + (u.of_context ? 0 : first_row)} * d;
+    const int64_t offset =
+        head * cache.head_stride + int64_t{u.first + (u.of_context ? 0 : first_row)} * d;
     u.cached_keys = static_cast<const T*>(cache.keys) + offset;
     u.cached_values = static_cast<const T*>(cache.values) + offset;
     u.tile = tiles + turn * 2 * Places::kTileBytes;
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   if (blocks > 1) dsmem::wait_for_blocks();
 
   wait_for_previous();
-  const int64_t first_query = int64_t{sequence} * a.query_heads + head * group;
+  const int first_query = head * group;
   const float* const queries = a.query + first_query * d;
   auto query = Rows::load(queries);
 #pragma unroll
@@ -219,8 +218,14 @@ inline bool has_clusters() {
 
 // How a head's rows are dealt.
 struct WindowGrid {
-  int blocks = 0;  // of a head; 0: another kernel has to do it
+  int blocks = 0;  // of a head, a power of two; 0: another kernel has to do it
   int tiles = 0;   // of a block
+
+  int shift() const {  // `blocks` as a power
+    int shift = 0;
+    while (1 << shift < blocks) ++shift;
+    return shift;
+  }
 };
 
 // As many blocks of a head as the multiprocessors and the rows have work for, and the shared memory
@@ -244,7 +249,7 @@ WindowGrid window_grid(const DecodeAttention& a) {
   return fits() ? grid : WindowGrid{};
 }
 
-// False, and nothing is launched, where rows are too many.
+// Of a single sequence. False, and nothing is launched, where rows are too many.
 template <class T, int d>
 bool launch_window_attention(const DecodeAttention& a, const Launch& how) {
   if (a.most_rows <= 0 || a.most_rows > 16384) return false;
@@ -254,11 +259,9 @@ bool launch_window_attention(const DecodeAttention& a, const Launch& how) {
   clusters.cluster = grid.blocks;
   const WindowPlaces<d, kWindowWarps, kEight> places(grid.tiles, a.query_heads / a.kv_heads,
                                                      grid.blocks);
-  int shift = 0;
-  while (1 << shift < grid.blocks) ++shift;
   launch(clusters, tlin_window_attention<T, d>, "window attention",
-         dim3(static_cast<unsigned>(a.kv_heads * grid.blocks), static_cast<unsigned>(a.batch)),
-         32 * kWindowWarps, static_cast<size_t>(places.end), a, shift, grid.tiles / kWindowWarps);
+         static_cast<unsigned>(a.kv_heads * grid.blocks), 32 * kWindowWarps,
+         static_cast<size_t>(places.end), a, grid.shift(), grid.tiles / kWindowWarps);
   return true;
 }
 

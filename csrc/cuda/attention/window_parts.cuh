@@ -1,5 +1,5 @@
-// What the window attention keeps in shared memory, how a new row gets there, and the merge of its
-// warps' softmaxes.
+// What attention to few rows keeps in shared memory, how a new row gets there, and the merge of
+// warps' softmaxes: first a single sequence's, by a block, then a batch's, by a warp.
 #pragma once
 
 #include "eight_rows.cuh"

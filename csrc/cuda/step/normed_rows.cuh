@@ -1,4 +1,4 @@
-// LayerNorm of a token's rows, as the B operand of products: each warp normalises its own slices,
+// LayerNorm of a token's rows, as an operand of products: each warp normalises its own slices,
 // in registers, and all of a block share what they find of the rows' means and deviations.
 #pragma once
 

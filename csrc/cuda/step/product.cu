@@ -1,12 +1,9 @@
-#include <algorithm>
+// The products of a token for blocks of many sequences.
 #include <cmath>
-#include <type_traits>
 
 #include "../rope.cuh"
-#include "candidate.cuh"
 #include "normed_rows.cuh"
-#include "product.h"
-#include "weight_stream.cuh"
+#include "rows_of_block.cuh"
 
 namespace tlinformer::cuda {
 namespace {
@@ -16,17 +13,9 @@ using namespace step;
 // Warps of a block, and slices that each has in flight.
 constexpr int kNormedWarps = 8, kNormedAhead = 2;
 constexpr int kAddWarps = 16, kAddAhead = 3;
-constexpr int kHeadWarps = 8, kHeadAhead = 1;
 constexpr int kPairs = kTile / 2;
 
-// A block has a tile of outputs for 8 NT sequences, blockIdx.y counts these.
-constexpr int kMany = 4;  // NT, unless they are few
-template <int NT>
-struct Rows {
-  int first, count;
-  __device__ explicit Rows(int batch)
-      : first(blockIdx.y * 8 * NT), count(min(batch - first, 8 * NT)) {}
-};
+constexpr int kMany = 4;  // NT: a block has a tile of outputs for 8 NT sequences
 
 // A pair of outputs of a row, which a thread finishes; the last warps have the first rows, as they
 // have the fewest slices.
@@ -50,13 +39,6 @@ __device__ void store_pair(void* to, int64_t index, float2 pair) {
   *reinterpret_cast<uint32_t*>(static_cast<T*>(to) + index) = pack<T>(pair.x, pair.y);
 }
 
-// Whether a row takes part; rows past the last do not. Volatile: the load would otherwise be put
-// off until there is nothing to hide it behind.
-__device__ bool is_live(const StepRows& p, int row) {
-  const volatile SequenceState& state = p.state[min(row, p.batch - 1)];
-  return state.live != 0 && row < p.batch;
-}
-
 template <class T>
 __global__ void __launch_bounds__(32 * kNormedWarps)
     tlin_project_step(const __grid_constant__ ProjectStep p, float scale) {
@@ -67,7 +49,7 @@ __global__ void __launch_bounds__(32 * kNormedWarps)
   __shared__ typename Normed::Shared measures;
   const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
   const int warp = warp_index();
-  const Rows<NT> own(p.batch);
+  const RowsOfBlock<NT> own(p.batch);
   WeightStream<T, 1, kNormedAhead> stream({p.weight}, p.hidden_size, outputs, warp, kNormedWarps);
   stream.start(blockIdx.x);
   BlockSums<kNormedWarps, 1, NT> block_sums(shared);
@@ -146,7 +128,7 @@ __global__ void __launch_bounds__(32 * kAddWarps) tlin_add_step(const __grid_con
   constexpr int NT = kMany;
   extern __shared__ uint4 shared[];
   const int warp = warp_index();
-  const Rows<NT> own(p.batch);
+  const RowsOfBlock<NT> own(p.batch);
   WeightStream<T, 1, kAddAhead> stream({p.weight}, p.inputs, p.outputs, warp, kAddWarps);
   stream.start(blockIdx.x);
   BlockSums<kAddWarps, 1, NT> block_sums(shared);
@@ -181,7 +163,7 @@ __global__ void __launch_bounds__(32 * kNormedWarps)
   extern __shared__ uint4 shared[];
   __shared__ typename Normed::Shared measures;
   const int warp = warp_index();
-  const Rows<NT> own(p.batch);
+  const RowsOfBlock<NT> own(p.batch);
   WeightStream<T, 2, kNormedAhead> stream({p.gate, p.up}, p.hidden_size, p.intermediate_size, warp,
                                           kNormedWarps);
   stream.start(blockIdx.x);
@@ -203,106 +185,11 @@ __global__ void __launch_bounds__(32 * kNormedWarps)
                 {silu(gate.x) * up.x, silu(gate.y) * up.y});
 }
 
-// Rows as fragments in shared memory, this lane's.
-template <int NT>
-struct Fragments {
-  const uint4* of_lane;
-  __device__ void load(int, int) const {}
-  __device__ uint4 at(int, int slice, int n) const { return of_lane[(slice * NT + n) * 32]; }
-};
-
-constexpr int kHeadShared = 30;  // percent; of more than 8 sequences
-
-template <int NT>
-constexpr int kHeadSlices = NT == 1   ? 8
-                            : NT == 2 ? 6
-                                      : 4;  // slices in flight
-
-// A block has all of the vocabulary's tiles that are its own for 8 NT sequences at once, whose
-// normed rows are in shared memory as fragments.
-template <class T, int NT>
-__global__ void __launch_bounds__(32 * kHeadWarps, 2)
-    tlin_head_step(const __grid_constant__ HeadStep p) {
-  using Normed = NormedRows<T, NT, kHeadWarps, kHeadAhead>;
-  extern __shared__ uint4 fragments[];  // (slices, NT, 32)
-  __shared__ typename Normed::Shared measures;
-  __shared__ Candidate of_warps[kHeadWarps][8 * NT];
-  const int warp = warp_index();
-  const Rows<NT> own(p.batch);
-  int tile = warp * gridDim.x + blockIdx.x;
-  WeightStream<T, 1, kHeadSlices<NT>, true> stream({p.embed}, p.hidden_size, p.vocab_size, 0, 1);
-  stream.start(tile);
-  Normed rows(measures, p.norm, p.x + int64_t{own.first} * p.hidden_size, own.count, p.hidden_size);
-  wait_for_previous();
-  let_next_start();  // not before: see launch.cuh
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const unsigned live =
-      __ballot_sync(0xffffffffu, lane < own.count && is_live(p, own.first + lane));
-  rows.measure();
-  const int slices = ceil_div(p.hidden_size, kSlice);
-#pragma unroll 1
-  for (int slice = warp;;) {
-#pragma unroll
-    for (int i = 0; i < kHeadAhead; ++i) {
-      const int at = slice + i * kHeadWarps;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        if (at < slices) fragments[(at * NT + n) * 32 + lane] = rows.at(i, at, n);
-      }
-    }
-    slice += kHeadAhead * kHeadWarps;
-    if (slice >= slices) break;
-#pragma unroll
-    for (int i = 0; i < kHeadAhead; ++i) rows.load(i, slice + i * kHeadWarps);
-  }
-  __syncthreads();
-  const Fragments<NT> inputs{fragments + lane};
-
-  Candidate best[NT][2];
-#pragma unroll
-  for (int n = 0; n < NT; ++n) best[n][0] = best[n][1] = kNoCandidate;
-  for (; tile * kTile < p.vocab_size; tile += kHeadWarps * gridDim.x) {
-    Sums<1, NT> sums;
-    stream.multiply(inputs, sums, tile + kHeadWarps * gridDim.x);
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = tile * kTile + g + i / 2 * 8, row = 8 * n + 2 * q + i % 2;
-        if (token >= p.vocab_size || !(live >> row & 1)) continue;
-        const float logit = sums.at(0, n, i);
-        p.logits[int64_t{own.first + row} * p.vocab_size + token] = logit;
-        best[n][i % 2] = likelier(best[n][i % 2], {logit, token});
-      }
-    }
-  }
-
-#pragma unroll
-  for (int n = 0; n < NT; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Candidate found = likeliest_of_lanes<4, 32>(best[n][i]);
-      if (g == 0) of_warps[warp][8 * n + 2 * q + i] = found;
-    }
-  }
-  __syncthreads();
-  const int row = threadIdx.x;
-  if (row >= own.count || !(live >> row & 1)) return;
-  Candidate found = of_warps[0][row];
-  for (int w = 1; w < kHeadWarps; ++w) found = likelier(found, of_warps[w][row]);
-  p.candidates[int64_t{own.first + row} * gridDim.x + blockIdx.x] = found;
-}
-
 // Whether blocks take 8 sequences, not 32: if each of the blocks, which are then many, has a place
 // from the beginning where a multiprocessor has room for `each`.
 bool few_in_block(const StepRows& p, int outputs, int each) {
   if (p.rows_of_block > 0) return p.rows_of_block <= 8;
   return ceil_div(outputs, kTile) * ceil_div(p.batch, 8) <= each * multiprocessors();
-}
-
-template <int NT>
-dim3 grid_of(const StepRows& p, int tiles) {
-  return {static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(p.batch, 8 * NT))};
 }
 
 }  // namespace
@@ -341,33 +228,6 @@ void gate_step(const GateStep& p, const Launch& how) {
     launch(how, tlin_gate_step<typename decltype(type)::type>, "gate_step",
            grid_of<kMany>(p, tiles), 32 * kNormedWarps, BlockSums<kNormedWarps, 2, kMany>::kBytes,
            p);
-  });
-}
-
-int head_candidates(int vocab_size) {
-  return std::min(ceil_div(vocab_size, kTile), 2 * multiprocessors());
-}
-
-void head_step(const HeadStep& p, const Launch& how) {
-  const int blocks = head_candidates(p.vocab_size);
-  if (p.batch == 1 ? head_row(p, blocks, how) : head_few(p, blocks, how)) return;
-  with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto with = [&](auto groups) {
-      constexpr int NT = decltype(groups)::value;
-      const size_t shared = NT * 32 * sizeof(uint4) * ceil_div(p.hidden_size, kSlice);
-      Launch two = how;  // blocks are to fit on a multiprocessor
-      two.shared_percent = NT == 1 ? kLeastShared : kHeadShared;
-      launch(two, tlin_head_step<T, NT>, "head_step", grid_of<NT>(p, blocks), 32 * kHeadWarps,
-             shared, p);
-    };
-    // As many at once as leave room for two blocks, of few kilobytes a row.
-    constexpr int kRoom = 100 * 1024;
-    const int fit =
-        kRoom / (ceil_div(p.hidden_size, kSlice) * 32 * static_cast<int>(sizeof(uint4)));
-    if (p.batch <= 8 || fit < 2) return with(std::integral_constant<int, 1>{});
-    if (p.batch <= 16 || fit < 4) return with(std::integral_constant<int, 2>{});
-    with(std::integral_constant<int, 4>{});
   });
 }
 

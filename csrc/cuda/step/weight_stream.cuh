@@ -77,33 +77,22 @@ class WeightStream {
       const bool last = slice + stride >= slices;
       const bool refill = !last || next_tile != kNone;
       if (last && refill) aim(next_tile);
-      uint4 b[AHEAD][NT];
-      const auto fetch = [&](int i) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) b[i][n] = inputs.at(i, slice + i * step_, n);
-      };
-      // With little else to do, all at once.
-      constexpr bool kAtOnce = NT == 1 && AHEAD <= 4;
-      if constexpr (kAtOnce) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          if (slice + i * step_ < slices) fetch(i);
-        }
-      }
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         const int now = slice + i * step_;
         if (now < slices) {
-          if constexpr (!kAtOnce) fetch(i);
+          uint4 b[NT];
+#pragma unroll
+          for (int n = 0; n < NT; ++n) b[n] = inputs.at(i, now, n);
 #pragma unroll
           for (int n = 0; n < NT; ++n) {
 #pragma unroll
             for (int m = 0; m < MATRICES; ++m) {
               const uint4 low = low_[i][m], high = high_[i][m];
               auto& c = sums.c[m][n];
-              mma<T>(c[0], {low.x, high.x, low.y, high.y}, b[i][n].x, b[i][n].y);
-              mma<T>(c[Sums<MATRICES, NT>::kChains - 1], {low.z, high.z, low.w, high.w}, b[i][n].z,
-                     b[i][n].w);
+              mma<T>(c[0], {low.x, high.x, low.y, high.y}, b[n].x, b[n].y);
+              mma<T>(c[Sums<MATRICES, NT>::kChains - 1], {low.z, high.z, low.w, high.w}, b[n].z,
+                     b[n].w);
             }
           }
         }
