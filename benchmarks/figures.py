@@ -37,7 +37,7 @@ def short(value: float, _: Any = None) -> str:
 
 def plain(value: float, _: Any = None) -> str:
     """Milliseconds and ratios without powers of ten."""
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def draw(axes: Axes, lines: dict[str, Lines], title: str, y: str, log: bool = True) -> None:

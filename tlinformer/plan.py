@@ -200,7 +200,8 @@ def available_memory(device: torch.device | str = "cpu") -> int:
     """Bytes this process can still take: the machine's, or its control group's if that is less.
 
     At least 1; 0 where the system does not say, or has no GPU. Of a GPU: what is free, and what
-    torch would free: cached segments of which no part is in use.
+    torch would free, cached segments of which no part is in use; or what the others have left over,
+    if that is more.
     """
     if device_type(device) == "cuda":
         if not torch.cuda.is_available():
@@ -208,7 +209,7 @@ def available_memory(device: torch.device | str = "cpu") -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         split = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
-        return max(1, free + cached - split - CUDA_RESERVE)
+        return max(1, max(free + cached - split, split) - CUDA_RESERVE)
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
