@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Downloads the peers' wheels, pure Python, for a machine without a network:
 #   benchmarks/fetch_peers.sh DIR
-# There: pip install --no-index --no-deps --find-links DIR fla-core flash-linear-attention
+# There: python -m pip install --no-index --no-deps --find-links DIR fla-core flash-linear-attention
 # They need torch, triton, einops and transformers 5.6.2 or newer. PYTHON names the interpreter.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: benchmarks/fetch_peers.sh DIR" >&2; exit 2; }

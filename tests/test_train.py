@@ -19,11 +19,12 @@ from small_runs import MODEL, assert_same_run, checkpoint, metrics, small_run
 from tlinformer import data, recipe
 from tlinformer import train as training
 from tlinformer.cli import main
+from tlinformer.config import TLinFormerConfig
 from tlinformer.evaluation import evaluate
 from tlinformer.recipe import build_model, load_model
 from tlinformer.settings import ARCHITECTURES, TrainConfig
 from tlinformer.state import parameter_groups
-from tlinformer.train import Interrupted, TrainingError, train
+from tlinformer.train import Interrupted, TrainingError, history_hint, train
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,7 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 from tlinformer.cli import main
+from tlinformer.config import TLinFormerConfig
 torch.set_num_threads(1)
 whole = torch.save
 def save(state, path):
@@ -375,3 +377,13 @@ def test_failures_and_interrupts_have_exit_codes_of_their_own(
         assert "error: OSError: power failure" in capsys.readouterr().err
         with pytest.raises(OSError, match="power failure"):
             main([*arguments, "--resume", "--debug"])
+
+
+def test_sequences_that_never_outgrow_the_history_window_are_named():
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_attention_heads": 1}
+    model = TLinFormerConfig(**sizes, history_window=64, generation_window=32)
+    assert history_hint(model, 97) is None  # 96 tokens before the last one
+    found = history_hint(model, 96)
+    assert "96 tokens has more than 64 tokens of history" in found
+    assert "sequence_length = 288" in found
+    assert history_hint(model, 288) is None

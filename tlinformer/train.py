@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import distributed
+from .config import TLinFormerConfig
 from .data import token_byte_lengths
 from .device import resolve_device
 from .evaluation import evaluate
@@ -78,6 +79,23 @@ def train(
             return run.loop(progress)
 
 
+def history_hint(model: TLinFormerConfig, sequence_length: int) -> str | None:
+    """What to change if no sequence has more history than the history window holds.
+
+    Models that begin so look at rows instead of what compression keeps of them, and later fail
+    beyond the window (benchmarks/paper, needle).
+    """
+    longest = (sequence_length - 1) // model.generation_window * model.generation_window
+    rows = model.history_window_at(longest)
+    if longest > rows:
+        return None
+    return (
+        f"no sequence of {sequence_length} tokens has more than {longest} tokens of history, which "
+        f"the history window of {rows} holds whole, so the model learns nothing of longer ones; "
+        f"with sequence_length = {4 * rows + model.generation_window} it would"
+    )
+
+
 class _Run(TrainState):
     """The loop around the steps: scoring, logs, when to save and when to stop."""
 
@@ -105,6 +123,10 @@ class _Run(TrainState):
             f"{self.steps:,} steps of {config.batch_size} sequences on {self.device}"
             + (f" x {distributed.world_size()}" if distributed.world_size() > 1 else "")
         )
+        if config.architecture == "tlinformer" and (
+            hint := history_hint(self.corpus.model_config, config.sequence_length)
+        ):
+            self.say(hint)
         if distributed.rank() == 0:
             self.output.mkdir(parents=True, exist_ok=True)
             settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
