@@ -190,13 +190,14 @@ def energy(call: Callable[[], Any], device: torch.device) -> float | None:
 
 
 class Results:
-    """Rows by their KEY; in a file, if there is a path."""
+    """Rows by their KEY; in a file, if there is a path. again: those of earlier runs may go."""
 
     def __init__(self, path: Path | None, again: bool = False) -> None:
         self.path = path
         self.data: dict[str, list[dict[str, Any]]] = {"runs": [], "rows": []}
-        if path and path.exists() and not again:
+        if path and path.exists():
             self.data = json.loads(path.read_text())
+        self.oldest = len(self.data["runs"]) if again else 0  # run that still counts
 
     def begin(self, device: torch.device) -> dict[str, Any]:
         """A new run; the ceilings."""
@@ -211,6 +212,7 @@ class Results:
         now, runs = version(), self.data["runs"]
         same = (r for r in self.data["rows"] if all(r.get(k) == row.get(k) for k in KEY))
         settled = (r for r in same if any(name in r for name in SETTLED))
+        settled = (r for r in settled if r["run"] >= self.oldest)
         return next((r for r in settled if runs[r["run"]]["commit"] == now), None)
 
     def add(self, row: dict[str, Any]) -> None:

@@ -155,6 +155,11 @@ def test_a_suite_writes_rows_and_goes_on(suite: str, tmp_path: Path, capsys: Any
     path.write_text(json.dumps(data))
     tlinformer(["bench", suite, *options, "--device", "cpu"])
     assert all(r["run"] == 1 for r in json.loads(path.read_text())["rows"])
+    one = ["--peers", "engine", "--batch-sizes", "1", "--again"]
+    tlinformer(["bench", suite, *options, *one, "--device", "cpu"])
+    after = json.loads(path.read_text())["rows"]
+    assert len(after) == len(data["rows"])  # other rows stay
+    assert [(r["peer"], r["batch"]) for r in after if r["run"] == 2] == [("engine", 1)]
 
 
 def test_the_clock_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
