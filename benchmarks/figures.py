@@ -5,6 +5,7 @@ python benchmarks/report.py    # makes these too
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -182,6 +183,39 @@ def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
         axes.set_xlabel("sequences")
     draw(f, each("decode", "millijoules", batch=1), "Energy of the GPU for a token", "mJ")
     finish(figure, all_axes.flat, title_of(size, device, folder), path)
+
+
+def prose_8m(path: Path) -> None:
+    """The shipped model: how it learned beside a Transformer, and what its history is worth."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, label in (("transformer", "Transformer"), ("tlinformer", "TLinFormer")):
+        lines = (RESULTS / f"prose_8m_{name}.jsonl").read_text().splitlines()
+        points = [p for p in map(json.loads, lines) if "valid_perplexity" in p]
+        epochs, values = zip(*((p["epoch"], p["valid_perplexity"]) for p in points), strict=True)
+        left.plot(epochs, values, marker=".", label=f"{label}, best {min(values):.2f}")
+    left.set(xlabel="epoch", ylabel="validation perplexity", title="Learning", yscale="log")
+    left.set_yticks([40, 60, 100], ["40", "60", "100"], minor=False)
+    left.minorticks_off()
+    left.legend()
+
+    rows = json.loads((RESULTS / "prose_8m_history.json").read_text())["rows"]
+    places = range(len(rows))
+    values = [r["perplexity"] for r in rows]
+    right.plot(places, values, marker="o", color="tab:orange")
+    for place, value in zip(places, values, strict=True):
+        right.annotate(
+            f"{value:.1f}", (place, value), (0, 8), textcoords="offset points", ha="center"
+        )
+    right.set_xticks(places, [f"{r['history']:,}" for r in rows])
+    right.set(
+        xlabel="tokens of history given (trained with up to 768)",
+        ylabel="perplexity of the same tokens",
+        title="What the history is worth",
+    )
+    right.margins(y=0.2)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def percent(lines: dict[str, Lines]) -> dict[str, Lines]:

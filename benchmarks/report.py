@@ -14,49 +14,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import figures
-import matplotlib.pyplot as plt
 import peers_report
 from rows import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-
-
-def prose_8m(path: Path) -> None:
-    """The shipped model: how it learned beside a Transformer, and what its history is worth."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for name, label in (("transformer", "Transformer"), ("tlinformer", "TLinFormer")):
-        lines = (RESULTS / f"prose_8m_{name}.jsonl").read_text().splitlines()
-        points = [p for p in map(json.loads, lines) if "valid_perplexity" in p]
-        epochs, values = zip(*((p["epoch"], p["valid_perplexity"]) for p in points), strict=True)
-        left.plot(epochs, values, marker=".", label=f"{label}, best {min(values):.2f}")
-    left.set(xlabel="epoch", ylabel="validation perplexity", title="Learning", yscale="log")
-    left.set_yticks([40, 60, 100], ["40", "60", "100"], minor=False)
-    left.minorticks_off()
-    left.legend()
-
-    rows = load("prose_8m_history")["rows"]
-    places = range(len(rows))
-    values = [r["perplexity"] for r in rows]
-    right.plot(places, values, marker="o", color="tab:orange")
-    for place, value in zip(places, values, strict=True):
-        right.annotate(
-            f"{value:.1f}", (place, value), (0, 8), textcoords="offset points", ha="center"
-        )
-    right.set_xticks(places, [f"{r['history']:,}" for r in rows])
-    right.set(
-        xlabel="tokens of history given (trained with up to 768)",
-        ylabel="perplexity of the same tokens",
-        title="What the history is worth",
-    )
-    right.margins(y=0.2)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
 
 
 def table(*lines: list[str], words: int = 1) -> str:
@@ -294,7 +257,7 @@ def fill(document: Path, *tables: Callable[[], str]) -> None:
 
 
 if __name__ == "__main__":
-    prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
+    figures.prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
     fill(ROOT / "models/tlinformer-prose-8m/README.md", parity)
     figures.overview("41m", "cuda", peers_report.IMAGES / "overview-41m-cuda.png")
     fill(

@@ -23,7 +23,7 @@ from tlinformer.data import END_OF_TEXT, TokenFile, load_tokenizer
 from tlinformer.device import resolve_device
 from tlinformer.recipe import load_model
 
-# Those of 2K saw four times as much history in training as those of 1K.
+# Those of 2K saw up to 1,792 tokens of history in training, those of 1K 512 or 768.
 MODELS = tuple(f"{run}-seed0" for run in PARITY if run not in ("base-512", "512-512-0.5"))
 HISTORIES = (0, 256, 1024, 4096, 16384)
 SCORED = 256  # tokens scored of every window
