@@ -267,12 +267,15 @@ if __name__ == "__main__":
         state,
         planner,
         startup,
+        cuda_hit,
+        cuda_slide,
+        train_speed,
+    )
+    fill(
+        ROOT / "docs/benchmarks.md",
+        cuda_long,
         cpu_speed,
         cpu_prefill,
         cpu_memory,
-        cuda_hit,
-        cuda_slide,
-        cuda_long,
-        train_speed,
+        peers_report.peers,
     )
-    fill(ROOT / "docs/benchmarks.md", peers_report.peers)
