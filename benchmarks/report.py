@@ -266,10 +266,10 @@ if __name__ == "__main__":
         demo,
         state,
         planner,
-        startup,
         cuda_hit,
         cuda_slide,
     )
+    fill(ROOT / "docs/embedding.md", startup)
     fill(ROOT / "docs/training.md", train_speed)
     fill(
         ROOT / "docs/benchmarks.md",
