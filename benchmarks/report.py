@@ -260,15 +260,8 @@ if __name__ == "__main__":
     figures.prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
     fill(ROOT / "models/tlinformer-prose-8m/README.md", parity)
     figures.overview("41m", "cuda", peers_report.IMAGES / "overview-41m-cuda.png")
-    fill(
-        ROOT / "README.md",
-        glance,
-        demo,
-        state,
-        planner,
-        cuda_hit,
-        cuda_slide,
-    )
+    fill(ROOT / "README.md", glance, demo, cuda_hit, cuda_slide)
+    fill(ROOT / "docs/using.md", state, planner)
     fill(ROOT / "docs/embedding.md", startup)
     fill(ROOT / "docs/training.md", train_speed)
     fill(
