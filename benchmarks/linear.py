@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +183,19 @@ class GatedDeltaNet(Linear):
 class Mamba2(Linear):
     label, kind = "Mamba-2", "Mamba2"
     needs = (*Linear.needs, "mamba_ssm")  # without it flash-linear-attention has no fast kernels
+
+    @classmethod
+    def build(cls, config: TLinFormerConfig, units: int) -> Any:
+        # The package's own imports want the compiled scan of Mamba-1, which no wheel has. Mamba-2's
+        # kernels are in Triton and do without it.
+        if "mamba_ssm" not in sys.modules:
+            spec = importlib.util.find_spec("mamba_ssm")
+            assert spec is not None and spec.submodule_search_locations is not None
+            package = types.ModuleType("mamba_ssm")
+            package.__path__ = list(spec.submodule_search_locations)
+            package.__spec__ = spec
+            sys.modules["mamba_ssm"] = package
+        return super().build(config, units)
 
     @classmethod
     def shape(cls, config: TLinFormerConfig, units: int) -> dict[str, Any]:

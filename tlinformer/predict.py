@@ -23,7 +23,8 @@ from tlinformer.plan import fit_device
 from tlinformer.roofline import Verb, compare, count, measure_ceilings, seconds
 
 FEW_BLOCKS, SOME_BLOCKS = 2, 4  # from two blocks on, each one more adds the same
-GROWTH = 5  # from one probed history to the next
+# From one probed history to the next; at first a device still fills up, which is not linear.
+FIRST_GROWTH, GROWTH = 2, 5
 LONGEST_PROBE = 400_000  # tokens
 # Seconds of a prefill, after which no longer history is probed: once three were, and before.
 LONG_PREFILL, VERY_LONG_PREFILL = 0.2, 2.0
@@ -100,9 +101,11 @@ def histories_to_probe(config: TLinFormerConfig, longest: int) -> Iterator[int]:
     """Whole windows: the least history that fills the compressed one, then longer ones."""
     window = config.generation_window
     windows = max(2, math.ceil(config.history_window_at(longest) / window))
+    growth = FIRST_GROWTH
     while True:
         yield windows * window
-        windows *= GROWTH
+        windows *= growth
+        growth = GROWTH
         # A little further it is cheaper to extrapolate.
         if windows * window > min(LONGEST_PROBE, longest):
             return

@@ -181,7 +181,7 @@ void test(const Case& c, unsigned seed) {
   a.window = cached(device_window, window);
   a.window_follows_history = c.follows;
   a.most_rows = !c.planned && random.below(2) ? 0 : most_context + most_window;
-  a.most_window_rows = random.below(2) ? 0 : most_window;
+  a.most_window_rows = !c.planned && random.below(2) ? 0 : most_window;
   a.scratch = scratch.data();
   a.blocks = c.blocks;
 
@@ -325,6 +325,32 @@ void test_sizes() {
   test<T>({36, 12, 12, ContextRows::compressed, true, few, 1, 0, true}, ++seed);
 }
 
+// A long history for groups of heads in one pass, and in several.
+template <class T>
+void test_groups(unsigned seed) {
+  Random random{std::mt19937_64(seed)};
+  const auto one = [&](int d, int heads, int kv_heads, bool follows) {
+    const int64_t history = 16384 + random.below(3000);
+    test<T>({d,
+             heads,
+             kv_heads,
+             ContextRows::history,
+             follows,
+             {{history, 0, 1 + random.below(500), 1}},
+             1,
+             0,
+             true},
+            ++seed);
+  };
+  one(128, 32, 8, true);
+  one(128, 16, 2, false);
+  one(64, 20, 4, true);
+  one(36, 6, 2, true);
+  one(36, 27, 3, false);
+  one(96, 24, 12, true);
+  one(32, 40, 4, true);
+}
+
 // Offsets beyond 2^31 elements: keys of zeros weigh all values, which are equal, the same.
 void test_offsets() {
   size_t free = 0, total = 0;
@@ -367,11 +393,11 @@ __global__ void fill(uint32_t* words, size_t count) {
 
 struct Shape {
   const char* name;
-  int query_heads, kv_heads, d;
+  int query_heads, kv_heads, d, window = 256;
 };
 
 void bench(const Shape& m, int64_t history, int blocks, bool early) {
-  const int64_t window = 256, rows = history + window;
+  const int64_t window = m.window, rows = history + window;
   const double bytes = 4.0 * rows * m.kv_heads * m.d;
   const int copies = static_cast<int>(std::min(64.0, std::ceil(200e6 / bytes)));  // not from L2
   const int64_t elements = rows * m.kv_heads * m.d;
@@ -405,7 +431,8 @@ void bench(const Shape& m, int64_t history, int blocks, bool early) {
   };
   const double us = gpu::microseconds(work, history > 500000 ? 8 : 3 * copies);
   gpu::report("decode attention " + std::string(m.name) + ", " + std::to_string(history) +
-                  " rows + 256" + (blocks > 0 ? ", " + std::to_string(blocks) + " blocks" : "") +
+                  " rows + " + std::to_string(window) +
+                  (blocks > 0 ? ", " + std::to_string(blocks) + " blocks" : "") +
                   (early ? ", early" : ""),
               us, bytes, 4.0 * rows * m.query_heads * m.d);
 }
@@ -414,10 +441,11 @@ void bench_all() {
   std::printf("%d of %d multiprocessors are faster\n", multiprocessor_speeds().count,
               multiprocessors());
   const Shape shapes[] = {
-      {"12 x d36", 12, 12, 36}, {"8 x d64", 8, 8, 64}, {"32/8 x d128", 32, 8, 128}};
+      {"12 x d36", 12, 12, 36}, {"8 x d64", 8, 8, 64}, {"32/8 x d128", 32, 8, 128, 512}};
   for (const Shape& shape : shapes)
     for (bool early : {false, true})
-      for (int64_t history : {256, 1024, 16384, 131072, 1048576}) bench(shape, history, 0, early);
+      for (int64_t history : {256, 512, 1024, 16384, 131072, 1048576})
+        bench(shape, history, 0, early);
   for (int64_t history : {1024, 131072, 1048576})
     for (int blocks : {66, 100, 108, 116, 124, 132}) bench(shapes[0], history, blocks, false);
 }
@@ -430,6 +458,10 @@ int main(int count, char** arguments) {
     return 0;
   }
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
+  test_groups<bf16>(1);
+  test_groups<f16>(2);
+  if (count > 1 && std::string(arguments[1]) == "groups")
+    return 0;  // under racecheck, which is slow
   test_sizes<bf16>();
   test_sizes<f16>();
   test<bf16>({36, 2, 2, ContextRows::history, true, {{1000001, 0, 200, 1}}}, 3);

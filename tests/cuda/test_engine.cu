@@ -130,6 +130,24 @@ void test_pieces(const Config& config) {
   CHECK(difference < kRounding);
 }
 
+// A single sequence's history in the kernel that cuts it into parts, and steps after it.
+void test_long(const char* name, const Config& config, int64_t length) {
+  const RandomModel model(config, DType::bfloat16);
+  const Tokens prompt = tokens_of(length, config);
+  OnDevice device(model, length + 10);
+  Owned cpu(model, length + 10, 1, 0);
+  device.engine->prefill({prompt});
+  cpu.engine.prefill({prompt});
+  double worst = distance(device.logits(), cpu.logits());
+  for (const int32_t token : tokens_of(10, config, 2)) {
+    device.engine->step({token});
+    cpu.engine.step({token});
+    worst = std::max(worst, distance(device.logits(), cpu.logits()));
+  }
+  std::printf("%-40s %.4f\n", name, worst);
+  CHECK(worst < kRounding);
+}
+
 // generate equals its tokens pushed one by one, however it was cut, to the last bit.
 void test_generate(const Config& config, int64_t batch) {
   const RandomModel model(config, DType::bfloat16);
@@ -358,6 +376,13 @@ int main(int argc, char** argv) {
   c.num_key_value_heads = 2;
   c.generation_window = 7;
   test_prefill_and_steps("grouped queries, odd windows", c, 60);
+  c.num_blocks = 2;
+  test_long("grouped queries, long history", c, 17000);
+  c.hidden_size = 1152;  // wide
+  c.num_attention_heads = 9;
+  c.num_key_value_heads = 3;
+  test_prefill_and_steps("wide, grouped queries", c, 40);
+  test_generate(c, 1);
   c = two_heads();
   c.generation_window = 1;
   test_prefill_and_steps("a slide every token", c, 12);

@@ -514,12 +514,7 @@ class Copies {
  public:
   Copies(size_t count, size_t copies)
       : count_((count + 63) / 64 * 64), copies_(copies), all_(count_ * copies) {
-    const auto one = gpu::normal<bf16>(count_, 1, 0.05f);
-    for (size_t i = 0; i < copies; ++i) {
-      check(cudaMemcpy(all_.data() + i * count_, one.data(), count_ * sizeof(bf16),
-                       cudaMemcpyHostToDevice),
-            "copy");
-    }
+    gpu::randomise(all_);
   }
   const bf16* next() { return all_.data() + next_++ % copies_ * count_; }
 
@@ -596,7 +591,8 @@ void bench(const char* name, const Sizes& s, int batch) {
   enum { kQkv, kOut, kGate, kDown, kHead, kTwo, kMlp, kKernels };
   const char* const kernels[] = {"qkv", "out", "gate/up", "down", "head", "gate/up, then down",
                                  "mlp"};
-  const int last = batch == 1 && on_hopper() ? kKernels : kTwo + 1;
+  const bool has_mlp = batch == 1 && on_hopper() && mlp_parts(mlp) > 0;
+  const int last = has_mlp ? kKernels : kTwo + 1;
   std::vector<std::unique_ptr<Copies>> weights(kKernels);
   const auto run = [&](int kernel, cudaStream_t stream) {
     const Launch how{stream, true};
@@ -658,10 +654,94 @@ void bench(const char* name, const Sizes& s, int batch) {
   }
 }
 
+// The products of eight layers one after the other, and the head.
+void bench_wide(const char* name, const Sizes& s) {
+  constexpr int kLayers = 8;
+  const int width = s.width, inner = s.intermediate;
+  const int outputs = (s.query_heads + 2 * s.kv_heads) * s.head_dim;
+  const int64_t qkv = int64_t{outputs} * width, out = int64_t{width} * width;
+  const int64_t gate = int64_t{inner} * width, head = int64_t{s.vocab} * width;
+  const int64_t layer = qkv + out + 3 * gate;
+  const gpu::Array<bf16> weights(kLayers * layer + head);
+  gpu::randomise(weights);
+  SequenceState live;
+  live.last = 1000, live.history = 768, live.live = 1;
+  const gpu::Array<SequenceState> state(std::vector<SequenceState>{live});
+  const gpu::Array<float> x(gpu::normal<float>(width, 1)), query(width), logits(s.vocab);
+  const gpu::Array<bf16> parameters(gpu::normal<bf16>(outputs, 2));
+  const gpu::Array<bf16> input(gpu::normal<bf16>(inner, 3)), hidden(inner);
+  const int64_t head_stride = 256 * s.head_dim;
+  const gpu::Array<bf16> cache(2 * s.kv_heads * head_stride);
+  const gpu::Array<float2> rotations(std::vector<float2>(s.head_dim / 2, {0.6f, 0.8f}));
+  const gpu::Array<Candidate> candidates(head_candidates(s.vocab));
+  const Norm norm{parameters.data(), parameters.data(), 1e-5f};
+  const auto token = [&](cudaStream_t stream) {
+    const Launch how{stream, true, 1, kAllShared};
+    const bf16* at = weights.data();
+    for (int l = 0; l < kLayers; ++l, at += layer) {
+      ProjectStep project;
+      project.state = state.data();
+      project.x = x.data();
+      project.hidden_size = width;
+      project.norm = norm;
+      project.weight = at;
+      project.bias = parameters.data();
+      project.query_heads = s.query_heads;
+      project.kv_heads = s.kv_heads;
+      project.head_dim = s.head_dim;
+      project.rotations = rotations.data();
+      project.query = query.data();
+      project.new_rows = {cache.data(), cache.data() + cache.size() / 2, 0, head_stride, false};
+      project_step(project, how);
+      AddStep add;
+      add.state = state.data();
+      add.input = input.data();
+      add.weight = at + qkv;
+      add.bias = parameters.data();
+      add.inputs = add.outputs = width;
+      add.x = x.data();
+      add_step(add, how);
+      GateStep gated;
+      gated.state = state.data();
+      gated.x = x.data();
+      gated.hidden_size = width;
+      gated.intermediate_size = inner;
+      gated.norm = norm;
+      gated.gate = at + qkv + out;
+      gated.up = at + qkv + out + gate;
+      gated.hidden = hidden.data();
+      gate_step(gated, how);
+      add.weight = at + qkv + out + 2 * gate;
+      add.bias = nullptr;
+      add.inputs = inner;
+      add_step(add, how);
+    }
+    HeadStep last;
+    last.state = state.data();
+    last.x = x.data();
+    last.hidden_size = width;
+    last.norm = norm;
+    last.vocab_size = s.vocab;
+    last.embed = at;
+    last.logits = logits.data();
+    last.candidates = candidates.data();
+    head_step(last, how);
+  };
+  const double us = gpu::microseconds(token, 20);
+  const double count = static_cast<double>(weights.size());
+  gpu::report(std::string(name) + " 8 layers and head, without attention", us, 2 * count,
+              2 * count);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Sizes product{432, 12, 12, 36, 1280, 50257}, second{512, 8, 8, 64, 1536, 50257};
+  if (argc > 2 && std::string(argv[2]) == "wide") {
+    bench_wide("1.3B", {2048, 32, 8, 64, 6144, 50257});
+    bench_wide("7B", {4096, 32, 8, 128, 14336, 32000});
+    return 0;
+  }
   if (argc > 1 && std::string(argv[1]) == "bench") {
     for (const int batch : {1, 8, 32}) bench("41M", product, batch);
     for (const int batch : {1, 8, 32}) bench("D512", second, batch);
@@ -678,6 +758,14 @@ int main(int argc, char** argv) {
   test<bf16>({512, 8, 2, 64, 1536, 1003}, some, 7000);
   test<f16>({1024, 8, 4, 128, 1280, 2000}, some, 8000);
   test<bf16>({2056, 3, 1, 80, 8, 4999}, {1, 3, 20}, 9000);  // fewer rows fit in shared memory
+  // Wide ones, of all widths of a thread's part of a row.
+  test<bf16>({1288, 6, 2, 36, 1000, 53}, {1}, 10000);
+  test<f16>({2048, 8, 2, 128, 2200, 53}, {1}, 11000);
+  test<f16>({4104, 8, 1, 40, 136, 53}, {1}, 12000);
+  for (const int inputs : {8200, 14336, 16384}) {
+    test_add(Problem<bf16>({1032, 1, 1, 32, 8, 53}, 1, 3), inputs, true, 13000);
+    test_add(Problem<f16>({1160, 1, 1, 32, 8, 53}, 1, 4), inputs, false, 14000);
+  }
   std::puts("ok");
   return 0;
 }

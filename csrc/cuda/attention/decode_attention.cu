@@ -346,11 +346,21 @@ struct Scratch {
   void* history;
 };
 
+// False, and nothing is launched, where the general kernel has to do it.
 template <class T, int D, int H>
-void decode_attention_with(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
+bool with_history_attention(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
   const HistoryParts parts = history_parts<T, D, H>(a);
-  if (parts.parts > 0) return launch_history_attention<T, D, H>(a, parts, scratch.history, how);
-  launch_decode_attention<T, D, H>(a, scratch.arrivals, scratch.partials, how);
+  if (parts.parts == 0) return false;
+  launch_history_attention<T, D, H>(a, parts, scratch.history, how);
+  return true;
+}
+
+template <class T, int D>
+bool with_history_attention(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
+  const int group = a.query_heads / a.kv_heads;
+  if (group == 1) return with_history_attention<T, D, 1>(a, scratch, how);
+  if (group <= 4) return with_history_attention<T, D, 4>(a, scratch, how);
+  return with_history_attention<T, D, kMostHeadsOfPass>(a, scratch, how);
 }
 
 // Of at most kMostSequences.
@@ -358,12 +368,15 @@ template <class T>
 void decode_attention_of(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
   const bool grouped = a.query_heads > a.kv_heads;
   switch (a.head_dim) {
-#define TLINFORMER_CASE(D)                                                \
-  case D:                                                                 \
-    if (a.batch == 1 && launch_window_attention<T, D>(a, how)) return;    \
-    if (a.batch > 1 && launch_batch_attention<T, D>(a, how)) return;      \
-    if (!grouped) return decode_attention_with<T, D, 1>(a, scratch, how); \
-    return decode_attention_with<T, D, heads_of_pass(D, true)>(a, scratch, how);
+#define TLINFORMER_CASE(D)                                                                 \
+  case D:                                                                                  \
+    if (a.batch == 1 && !grouped && launch_window_attention<T, D>(a, how)) return;         \
+    if ((a.batch > 1 || grouped) && launch_batch_attention<T, D>(a, how)) return;          \
+    if (a.batch == 1 && with_history_attention<T, D>(a, scratch, how)) return;             \
+    if (!grouped)                                                                          \
+      return launch_decode_attention<T, D, 1>(a, scratch.arrivals, scratch.partials, how); \
+    return launch_decode_attention<T, D, heads_of_pass(D, true)>(a, scratch.arrivals,      \
+                                                                 scratch.partials, how);
     TLINFORMER_HEAD_SIZES(TLINFORMER_CASE)
 #undef TLINFORMER_CASE
     default:
@@ -386,8 +399,7 @@ int64_t partials_bytes(int batch, int query_heads, int head_dim) {
 }  // namespace
 
 int64_t decode_attention_scratch(int batch, int query_heads, int head_dim) {
-  const int64_t records =
-      int64_t{multiprocessors()} * heads_of_pass(head_dim, true) * (head_dim + 2) * 8;
+  const int64_t records = int64_t{multiprocessors()} * kMostHeadsOfPass * (head_dim + 2) * 8;
   return arrivals_bytes(batch, query_heads) + partials_bytes(batch, query_heads, head_dim) +
          (batch == 1 ? history_counts_bytes(query_heads) + records : 0);
 }

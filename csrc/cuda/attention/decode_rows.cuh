@@ -108,30 +108,6 @@ struct MergedElement {
   }
 };
 
-// Sums values[0 ... kCount) over the lanes that differ in the bits kDistance, 2 kDistance, ... 16
-// other than those in kSkip. Of the sums each lane keeps `count`, which are number first, first + 1
-// ... of all.
-template <int kCount, int kDistance, int kSkip, int N>
-__device__ inline void sum_scattered(float (&values)[N], int lane, int& first, int& count) {
-  if constexpr (kDistance >= 32) {
-    return;
-  } else if constexpr ((kSkip & kDistance) != 0) {
-    sum_scattered<kCount, 2 * kDistance, kSkip>(values, lane, first, count);
-  } else {
-    constexpr int kHalf = (kCount + 1) / 2;
-    const bool upper = lane & kDistance;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float low = values[i], high = i + kHalf < kCount ? values[i + kHalf] : 0.0f;
-      values[i] =
-          (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kDistance);
-    }
-    first += upper ? kHalf : 0;
-    count = upper ? count - kHalf : min(count, kHalf);
-    sum_scattered<kHalf, 2 * kDistance, kSkip>(values, lane, first, count);
-  }
-}
-
 // What a lane has of H query heads: its elements of the queries, and the softmax of its rows.
 template <class T, int D, int H>
 struct LaneRows {

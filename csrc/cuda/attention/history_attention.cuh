@@ -8,6 +8,7 @@
 #include "../dsmem.cuh"
 #include "decode_attention.h"
 #include "decode_rows.cuh"
+#include "mma_rows.cuh"
 #include "row_copy.cuh"
 #include "speeds.h"
 
@@ -29,15 +30,19 @@ struct HistoryParts {
   int heads;                       // query heads of a key/value head
   Speeds speeds;
 };
+constexpr int kMostHeadsOfPass = 8;
 constexpr int kUnit = 16;  // rows: whole lines of 128 bytes, also of 72 bytes each
 constexpr int kHistoryThreads = kDecodeThreads + 32;  // the last warp copies
 
 template <int D, int H>
 struct HistoryPlaces {
-  using Layout = RowLayout<D, H>;
+  using Layout = RowLayout<D, 1>;
   using Softmax = PartialSoftmax<D, H>;
-  static constexpr int kTile = Layout::kRows >= 8 ? Layout::kRows : 16;  // of a warp
-  static constexpr int kRows = kDecodeWarps * kTile;                     // of a stage
+  static constexpr int kTile = H == 1 && Layout::kRows >= 8 ? Layout::kRows : 16;  // of a warp
+  // That have a stage's rows; others have the next stage's.
+  static constexpr int kStageWarps = H > 1 && D > 64 ? kDecodeWarps / 2 : kDecodeWarps;
+  static constexpr int kTurns = kDecodeWarps / kStageWarps;
+  static constexpr int kRows = kStageWarps * kTile;  // of a stage
   static constexpr int kValues =
       ((kRows + Layout::kAligned - 1) * Layout::kRowBytes + 127) / 128 * 128;  // behind the keys
   static constexpr int kStage = 2 * kValues;
@@ -54,6 +59,48 @@ struct HistoryPlaces {
 inline int64_t history_counts_bytes(int query_heads) {  // passes are never more than query heads
   return (int64_t{1 + query_heads} * 4 + 15) / 16 * 16;
 }
+
+// A warp's rows of a pass, on tensor cores for several query heads.
+template <class T, int D, int H>
+class MmaPass {
+  using Rows = MmaRows<T, D, 16>;
+
+ public:
+  // Of `heads` heads; the others are the last one again.
+  __device__ void load_queries(const float* from, int heads, int) {
+    query_ = Rows::round(Rows::load(Rows::own_query(from, heads)));
+  }
+  __device__ void clear() { rows_ = Rows(); }
+  // What follows the rows may be NaN.
+  __device__ void add(const char* keys, char* values, int rows, int lane) {
+    T* const of_values = reinterpret_cast<T*>(values);
+    if (rows < 16) {  // weights of zero do no harm to zeros
+      uint2* const to = reinterpret_cast<uint2*>(of_values);
+#pragma unroll 1
+      for (int i = rows * (D / 4) + lane; i < 16 * (D / 4); i += 32) to[i] = {0, 0};
+      order_copies_after_own_stores();
+      __syncwarp();
+    }
+    rows_.add(query_, reinterpret_cast<const T*>(keys), of_values, rows);
+  }
+  __device__ void store(PartialSoftmax<D, H>& to, int lane) const {
+    const int h = lane / 4;
+    rows_.finish(H, [&](int at, float2 pair) {
+      if (at < D) {
+        *reinterpret_cast<float2*>(&to.output[h][at]) = pair;
+      } else {
+        to.top[h] = pair.x;
+        to.sum[h] = pair.y;
+      }
+    });
+  }
+
+ private:
+  typename Rows::Query query_;
+  Rows rows_;
+};
+template <class T, int D, int H>
+using PassRows = std::conditional_t<H == 1, LaneRows<T, D, 1>, MmaPass<T, D, H>>;
 
 // What the copying warp finds out for the others.
 struct HistoryShare {
@@ -82,11 +129,12 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
                            const __grid_constant__ HistoryParts p, uint32_t* counts,
                            uint2* records) {
 #if __CUDA_ARCH__ >= 900
-  using Layout = RowLayout<D, H>;
+  using Layout = RowLayout<D, 1>;
   using Places = HistoryPlaces<D, H>;
   using Softmax = typename Places::Softmax;
   constexpr int kStages = Places::kStages, kTile = Places::kTile, kWarps = kDecodeWarps;
   constexpr int kRows = Places::kRows, kWords = kRecordWords<D, H>;
+  constexpr int kStageWarps = Places::kStageWarps, kTurns = Places::kTurns;
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t arrived[kStages], freed[kStages];
   __shared__ HistoryShare share;
@@ -158,7 +206,7 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
   wait_for_previous();
   const int heads = min(p.heads - pass_of_head * H, H);
   const int first_head = kv_head * p.heads + pass_of_head * H;
-  LaneRows<T, D, H> mine;
+  PassRows<T, D, H> mine;
   mine.load_queries(a.query + first_head * D, heads, lane);
   if (threadIdx.x == 0) {
     launched = __ldcg(launches + pass) + 1;
@@ -166,25 +214,30 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
   }
   const int window = window_rows();
   Softmax* const softmaxes = reinterpret_cast<Softmax*>(memory + Places::kRing);
-  int stage = 0;
+  int stage = 0, turn = warp / kStageWarps;  // turn 0: the stage's rows are of this warp
   uint32_t parity = 0;
 #pragma unroll 1
   for (int group = 0; group <= (merges ? 1 : 0); ++group) {
     const int begin = group == 0 ? share.begin : 0, end = group == 0 ? share.end : window;
-    const char* const own = memory + (warp * kTile + (group == 0 ? 0 : shift)) * Layout::kRowBytes;
+    char* const own =
+        memory + (warp % kStageWarps * kTile + (group == 0 ? 0 : shift)) * Layout::kRowBytes;
     bool any = false;
     mine.clear();
 #pragma unroll 1
     for (int row = begin; row < end; row += kRows) {
-      const char* const keys = own + stage * Places::kStage;
-      const int rows = min(kTile, end - row - warp * kTile);
+      // All wait for each stage, also who skips it: a barrier tells a phase from the next alone.
       dsmem::barrier_wait(shared_address(&arrived[stage]), parity);
-      if (rows > 0) {
-        mine.add(keys, keys + Places::kValues, rows, lane);
-        any = true;
+      if (turn == 0) {
+        char* const keys = own + stage * Places::kStage;
+        const int rows = min(kTile, end - row - warp % kStageWarps * kTile);
+        if (rows > 0) {
+          mine.add(keys, keys + Places::kValues, rows, lane);
+          any = true;
+        }
+        __syncwarp();
       }
-      __syncwarp();
       if (lane == 0) dsmem::barrier_arrive(shared_address(&freed[stage]));
+      if (--turn < 0) turn = kTurns - 1;
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
     Softmax& to = softmaxes[group * kWarps + warp];
@@ -311,10 +364,9 @@ HistoryParts history_parts(const DecodeAttention& a) {
   }
   if (p.parts == 0) return p;
   p.speeds = multiprocessor_speeds();
-  // The sums are the same wherever as many are fast: which part a block does changes nothing. With
-  // several query heads arithmetic is what takes the time, in which all are equal.
+  // The sums are the same wherever as many are fast: which part a block does changes nothing.
   constexpr double kFaster = 1.3;
-  const int fast = H > 1 ? 0 : std::min(p.speeds.count / p.passes, p.parts - 1);
+  const int fast = std::min(p.speeds.count / p.passes, p.parts - 1);
   p.first_fast = p.parts - fast;
   const double step = 4294967296.0 / (p.first_fast + fast * kFaster);
   p.step = static_cast<uint32_t>(std::min(step, 4294967295.0));

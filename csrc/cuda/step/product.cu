@@ -200,7 +200,7 @@ bool few_in_block(const ProjectStep& p) {
 bool few_in_block(const GateStep& p) { return few_in_block(p, p.intermediate_size, 2); }
 
 void project_step(const ProjectStep& p, const Launch& how) {
-  if (p.batch == 1) return project_row(p, how);
+  if (p.batch == 1) return project_wide(p, how) ? void() : project_row(p, how);
   if (few_in_block(p)) return project_few(p, how);
   const int tiles = ceil_div((p.query_heads + 2 * p.kv_heads) * p.head_dim, kTile);
   with_type(p.dtype, [&](auto type) {
@@ -211,7 +211,7 @@ void project_step(const ProjectStep& p, const Launch& how) {
 }
 
 void add_step(const AddStep& p, const Launch& how) {
-  if (p.batch == 1) return add_row(p, how);
+  if (p.batch == 1) return add_wide(p, how) ? void() : add_row(p, how);
   if (few_in_block(p, p.outputs, 1)) return add_few(p, how);
   const int tiles = ceil_div(p.outputs, kTile);
   with_type(p.dtype, [&](auto type) {
@@ -221,7 +221,7 @@ void add_step(const AddStep& p, const Launch& how) {
 }
 
 void gate_step(const GateStep& p, const Launch& how) {
-  if (p.batch == 1) return gate_row(p, how);
+  if (p.batch == 1) return gate_wide(p, how) ? void() : gate_row(p, how);
   if (few_in_block(p)) return gate_few(p, how);
   const int tiles = ceil_div(p.intermediate_size, kTile);
   with_type(p.dtype, [&](auto type) {

@@ -98,6 +98,13 @@ void project_row(const ProjectStep& p, const Launch& how);
 void add_row(const AddStep& p, const Launch& how);
 void gate_row(const GateStep& p, const Launch& how);
 
+// The same for one sequence of a wide model. False, and nothing is launched, for others, and where
+// the device does not allow it.
+constexpr int kWideModel = kPartPitch;  // inner width of a model that is not wide, at most
+bool project_wide(const ProjectStep& p, const Launch& how);
+bool add_wide(const AddStep& p, const Launch& how);
+bool gate_wide(const GateStep& p, const Launch& how);
+
 // The same for several sequences, by blocks of at most 8, and whether these are chosen.
 void project_few(const ProjectStep& p, const Launch& how);
 void add_few(const AddStep& p, const Launch& how);
