@@ -325,9 +325,9 @@ void test_sizes() {
   test<T>({36, 12, 12, ContextRows::compressed, true, few, 1, 0, true}, ++seed);
 }
 
-// A long history for groups of heads in one pass, and in several.
+// A long history, for single heads and for groups of heads in one pass, and in several.
 template <class T>
-void test_groups(unsigned seed) {
+void test_long(unsigned seed) {
   Random random{std::mt19937_64(seed)};
   const auto one = [&](int d, int heads, int kv_heads, bool follows) {
     const int64_t history = 16384 + random.below(3000);
@@ -342,6 +342,7 @@ void test_groups(unsigned seed) {
              true},
             ++seed);
   };
+  one(36, 12, 12, true);
   one(128, 32, 8, true);
   one(128, 16, 2, false);
   one(64, 20, 4, true);
@@ -458,8 +459,8 @@ int main(int count, char** arguments) {
     return 0;
   }
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
-  test_groups<bf16>(1);
-  test_groups<f16>(2);
+  test_long<bf16>(1);
+  test_long<f16>(2);
   if (count > 1 && std::string(arguments[1]) == "groups")
     return 0;  // under racecheck, which is slow
   test_sizes<bf16>();

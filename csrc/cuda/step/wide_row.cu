@@ -31,8 +31,9 @@ constexpr int kStages = 6, kStageBytes = kLoads * kThreads * kWide * 2;
 }
 
 // The warps' sums of one output.
-struct WarpSums {
-  float of_warp[kWarps];
+template <int WARPS>
+struct SumsOf {
+  float of_warp[WARPS];
 
   __device__ float sum() const {
     float sum = 0;
@@ -41,6 +42,7 @@ struct WarpSums {
     return sum;
   }
 };
+using WarpSums = SumsOf<kWarps>;
 
 // A block's outputs, whole units of them: as many as any other block's, or one unit more.
 struct Share {
@@ -159,7 +161,10 @@ class WideStream {
       dsmem::barrier_init(shared_address(&shared.arrived[stage]), 1);
       dsmem::barrier_init(shared_address(&shared.freed[stage]), kWarps);
     }
+    dsmem::barrier_init(shared_address(&shared.vector), kWarps);
   }
+  // The last of the ring's stages are asked for when the vector is there, which else would have to
+  // wait behind them on its way from L2.
   __device__ static void copy(Shared& shared, char* memory, const void* const (&matrices)[MATRICES],
                               int width, const Share& share) {
     int stage = 0, round = 0;
