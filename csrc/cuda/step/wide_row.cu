@@ -22,8 +22,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;  // that multiply; one more wa
 constexpr int kWide = 8;                           // elements of a load
 constexpr int kLoads = 8;                          // of a thread in a stage
 constexpr int kStages = 6, kStageBytes = kLoads * kThreads * kWide * 2;
-// That are asked for before the vector is there; unused where the kernels are empty, as others.
-[[maybe_unused]] constexpr int kFirstStages = 3;
 
 // The threads that multiply.
 [[maybe_unused]] __device__ inline void meet() {
@@ -152,7 +150,7 @@ class WideStream {
 
  public:
   struct Shared {
-    uint64_t arrived[kStages], freed[kStages], vector;
+    uint64_t arrived[kStages], freed[kStages];
   };
 
   // By the first thread of the last warp. `memory`: the stages.
@@ -161,10 +159,7 @@ class WideStream {
       dsmem::barrier_init(shared_address(&shared.arrived[stage]), 1);
       dsmem::barrier_init(shared_address(&shared.freed[stage]), kWarps);
     }
-    dsmem::barrier_init(shared_address(&shared.vector), kWarps);
   }
-  // The last of the ring's stages are asked for when the vector is there, which else would have to
-  // wait behind them on its way from L2.
   __device__ static void copy(Shared& shared, char* memory, const void* const (&matrices)[MATRICES],
                               int width, const Share& share) {
     int stage = 0, round = 0;
@@ -174,9 +169,6 @@ class WideStream {
 #pragma unroll 1
       for (int left = share.count; left > 0; left -= kRows, from += kRows * width) {
         if (round > 0) dsmem::barrier_wait(shared_address(&shared.freed[stage]), (round - 1) & 1);
-        if (round == 0 && stage == kFirstStages) {
-          dsmem::barrier_wait(shared_address(&shared.vector), 0);
-        }
         const int bytes = min(left, kRows) * width * 2;
         const uint32_t barrier = shared_address(&shared.arrived[stage]);
         dsmem::barrier_expect(barrier, bytes);
@@ -257,7 +249,6 @@ __device__ void wide_product(const void* const (&matrices)[MATRICES], int width,
   }
   WideVector<V> x;
   inputs(x);
-  if (threadIdx.x % 32 == 0) dsmem::barrier_arrive(shared_address(&shared.vector));
   WarpSums* const sums = reinterpret_cast<WarpSums*>(memory + kStages * kStageBytes);
   Stream::multiply(shared, memory, x, width, share, sums);
   finish(sums);
