@@ -22,13 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tlinformer import TLinFormerConfig
 
-PIECE = 65536  # tokens of a prefill's call
-
 
 class Linear(Graphed):
     """A model of flash-linear-attention; `kind` names its classes."""
 
     kind = ""
+    piece = 65536  # tokens of a prefill's call
     needs: tuple[str, ...] = ("fla.models", "transformers", "triton")
 
     @classmethod
@@ -109,7 +108,7 @@ class Linear(Graphed):
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
         self.cache, logits = None, None
-        for piece in ids.split(PIECE, 1):
+        for piece in ids.split(self.piece, 1):
             out = self.model(
                 piece.to(self.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
@@ -182,6 +181,7 @@ class GatedDeltaNet(Linear):
 
 class Mamba2(Linear):
     label, kind = "Mamba-2", "Mamba2"
+    piece = 2**30  # all at once: with a state it takes one token
     needs = (*Linear.needs, "mamba_ssm")  # without it flash-linear-attention has no fast kernels
 
     @classmethod

@@ -6,8 +6,8 @@
 For every model, of random weights: the predictions are made first, from the short runs that `plan`
 makes, with no more blocks and tokens than it takes; then engines of the whole model are timed at
 every history that fits. The error is predicted over measured, less one. It ends with code 1 if an
-error is larger than --tolerance. On a GPU it also makes an engine for the longest context that
-the plan says fits, and reads a prompt in it.
+error is larger than --tolerance. Other models keep what the file has of them. On a GPU it also
+makes an engine for the longest context that the plan says fits, and reads a prompt in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment, show
+from measure import environment
 from sizes import SIZES
 
 from tlinformer import Engine, TLinFormerConfig
@@ -77,6 +77,7 @@ def longest(config: TLinFormerConfig, model: Any, device: torch.device) -> dict[
 
 
 def check(name: str, fields: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What a file has of a model."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of the model before, whose engine had all memory
@@ -93,15 +94,18 @@ def check(name: str, fields: dict[str, Any], args: argparse.Namespace) -> dict[s
         except RuntimeError as error:
             print(f"{name} at {history:,}: left out, {error}", flush=True)
             continue
-        rows += [{"model": name, **row} for row in errors(costs, measured, history)]
+        rows += errors(costs, measured, history)
         for row in rows[-len(EVENTS) - 1 :]:
             print(
-                "{model:>5} {history:>9,} {event:>8} predicted {predicted_milliseconds:9.3f} ms, "
+                f"{name:>5}",
+                "{history:>9,} {event:>8} predicted {predicted_milliseconds:9.3f} ms, "
                 "measured {measured_milliseconds:9.3f}, {error:+.1%}".format_map(row),
                 flush=True,
             )
     return {
         "model": name,
+        "command": " ".join(["python", *sys.argv]),
+        "environment": environment(args.device),
         "parameters": weights_bytes(config, dtype) // dtype.itemsize,
         "probed_histories": costs.histories,
         "ceilings": costs.ceilings,
@@ -128,17 +132,15 @@ def main() -> None:
     args.histories = args.histories or HISTORIES["cuda" if cuda else "cpu"]
     names = args.models or (CUDA_MODELS if cuda else CPU_MODELS)
     models = CUDA_MODELS | CPU_MODELS
-    about = {"command": " ".join(["python", *sys.argv]), "environment": environment(args.device)}
-    checked: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+    known = json.loads(args.json.read_text())["models"] if args.json and args.json.exists() else []
+    found = {model["model"]: model for model in known}
+    largest = 0.0
     for name in names:  # a model that fails loses nothing of the others
-        checked.append(check(name, models[name], args))
-        rows += checked[-1].pop("rows")
-        largest = max((row["error"] for row in rows), key=abs)
-        figures = about | {"models": checked, "rows": rows, "largest_error": largest}
+        found[name] = check(name, models[name], args)
+        largest = max([largest, *(row["error"] for row in found[name]["rows"])], key=abs)
         if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    show(figures)
+            ordered = [found[model] for model in models if model in found]
+            args.json.write_text(json.dumps({"models": ordered}, indent=1) + "\n")
     if abs(largest) > args.tolerance:
         raise SystemExit(f"an error of {largest:+.1%} is beyond {args.tolerance:.0%}")
 

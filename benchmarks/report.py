@@ -207,14 +207,14 @@ def planner() -> str:
     events = ("prefill", "slide", "hit", "token")
     lines = ["| device | model | " + " | ".join(events) + " |", "|---|---|" + "---:|" * len(events)]
     for path in sorted(RESULTS.glob("planner_*.json")):
-        result = load(path.stem)
-        device = result["environment"].get("gpu", "CPU, one thread")
-        for model in (m["model"] for m in result["models"]):
-            rows = [r for r in result["rows"] if r["model"] == model]
+        for model in load(path.stem)["models"]:
+            device = model["environment"].get("gpu", "CPU, one thread")
             worst = (
-                max((r["error"] for r in rows if r["event"] == event), key=abs) for event in events
+                max((r["error"] for r in model["rows"] if r["event"] == event), key=abs)
+                for event in events
             )
-            lines.append(f"| {device} | {model} | " + " | ".join(f"{e:+.0%}" for e in worst) + " |")
+            errors = " | ".join(f"{error:+.0%}" for error in worst)
+            lines.append(f"| {device} | {model['model']} | {errors} |")
     return "\n".join(lines)
 
 
