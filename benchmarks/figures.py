@@ -6,6 +6,7 @@ python benchmarks/report.py    # makes these too
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,33 +156,33 @@ def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None
 def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:
     """Prefill, throughput, energy and the share of what the machine can do."""
     value = partial(line, device=device, folder=folder, size=size, dtype=dtype_of(device))
-    figure, all_axes = plt.subplots(2, 3, figsize=(15, 8.6), layout="constrained")
-    a, b, c, d, e, f = all_axes.flat
 
     def each(suite: str, field: str, **where: Any) -> dict[str, Lines]:
         return {p: value(suite, peer=p, field=field, **where) for p in ORDER}
 
-    draw(a, each("prefill", "ms", batch=1), "Reading a prompt", "ms")
-    draw(
-        b,
-        percent(each("decode", "share", batch=1)),
-        "A token: share of torch's rate of reading",
-        "%",
-        False,
-    )
-    draw(
-        c,
-        percent(each("prefill", "share", batch=1)),
-        "A prompt: share of torch's rate of products",
-        "%",
-        False,
-    )
+    reading = "A token: share of torch's rate of reading"
+    multiplying = "A prompt: share of torch's rate of products"
+    panels = [
+        (each("prefill", "ms", batch=1), "Reading a prompt", "ms"),
+        (percent(each("decode", "share", batch=1)), reading, "%"),
+        (percent(each("prefill", "share", batch=1)), multiplying, "%"),
+    ]
     lengths = sorted({r["history"] for r in rows("batch", device, folder, size=size)})
-    for axes, history in zip((d, e), lengths[-2:], strict=False):
+    for history in lengths[-2:]:
         title = f"Sequences at once, {short(history)} tokens of history each"
-        draw(axes, each("batch", "tokens_per_second", history=history), title, "tokens a second")
-        axes.set_xlabel("sequences")
-    draw(f, each("decode", "millijoules", batch=1), "Energy of the GPU for a token", "mJ")
+        lines = each("batch", "tokens_per_second", history=history)
+        panels.append((lines, title, "tokens a second"))
+    panels.append((each("decode", "millijoules", batch=1), "Energy of the GPU for a token", "mJ"))
+    panels = [panel for panel in panels if any(panel[0].values())]
+    columns = 2 if len(panels) in (2, 4) else 3
+    height = math.ceil(len(panels) / columns)
+    figure, all_axes = plt.subplots(
+        height, columns, figsize=(5 * columns, 4.3 * height), layout="constrained", squeeze=False
+    )
+    for axes, (lines, title, unit) in zip(all_axes.flat, panels, strict=False):
+        draw(axes, lines, title, unit, log=unit != "%")
+        if unit == "tokens a second":
+            axes.set_xlabel("sequences")
     finish(figure, all_axes.flat, title_of(size, device, folder), path)
 
 
@@ -233,24 +234,18 @@ def title_of(size: str, device: str, folder: Path) -> str:
 
 
 def finish(figure: Any, all_axes: Any, title: str, path: Path) -> None:
-    """One legend for all; panels without a line go, and the second row if all of it does."""
+    """One legend for all; panels without a line go."""
     named: dict[str, Any] = {}
-    panels = list(all_axes)
-    for axes in panels:
+    for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
         if not handles:
             axes.set_visible(False)
         named |= dict(zip(labels, handles, strict=True))
         if not axes.get_xlabel():
             axes.set_xlabel("tokens of history")
-    if panels[3:] and not any(axes.get_visible() for axes in panels[3:]):
-        panels[0].get_gridspec().set_height_ratios([1, 0.001])
-        for axes in panels[3:]:
-            axes.remove()
-        figure.set_figheight(5)
     ordered = [LABELS[p] for p in ORDER if LABELS[p] in named]
     figure.legend(
-        [named[x] for x in ordered], ordered, loc="outside lower center", ncols=5, frameon=False
+        [named[x] for x in ordered], ordered, loc="outside lower center", ncols=4, frameon=False
     )
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All of the peers' rows on a GPU, in parts of four minutes at most, the most telling first:
+# All of the peers' rows on a GPU, in parts of some four minutes, the most telling first:
 #   benchmarks/parts.sh 1      # then 2, 3, ... 10; a part that did not end goes on when called again
 # Rows go to benchmarks/results/. Parts 5 and 9 need the wheels of fetch_peers.sh. PYTHON names the
 # interpreter with the CUDA build of tlinformer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { "${PYTHON:-python3}" benchmarks "$@"; }
-linear="gla gated-deltanet mamba2"
+linear="gla gated-deltanet mamba2"  # of whose kernels Triton first tries all variants
+export TRITON_CACHE_AUTOTUNING=1
 case ${1:-} in
   1) run decode --peers engine transformer naive-concatenate naive-recompute ;;
   2) run prefill --peers engine transformer --seconds 120
@@ -18,7 +19,9 @@ case ${1:-} in
      run prefill --peers engine --histories 10000000 --calls 3
      run memory
      run memory --prompt 10000000 --generated 1000 ;;
-  5) for suite in cache decode prefill; do run $suite --peers $linear --seconds 70; done ;;
+  5) run decode --peers $linear --histories 1024 1048576 --seconds 300
+     run prefill --peers $linear --seconds 120
+     run cache --peers $linear --seconds 60 ;;
   6) run batch ;;
   7) run decode --sizes d512 --peers engine tlinformer-pytorch transformer --seconds 120
      run prefill --sizes d512 --peers engine transformer --seconds 70 ;;

@@ -140,12 +140,13 @@ def glance() -> str:
     """The engine and others at a glance, where each metric was last measured of the Transformer."""
     peers = ("engine", "transformer", "sliding-window", "naive-concatenate")
     lines, runs = [["", *(peers_report.LABELS[p] for p in peers)]], []
-    for suite, field, words in (
-        ("decode", "ms", "a token after {:,}"),
-        ("prefill", "ms", "reading a prompt of {:,}"),
-        ("cache", "bytes", "memory of {:,}"),
+    for size, suite, field, words in (
+        ("41m", "decode", "ms", "a token after {:,}"),
+        ("41m", "prefill", "ms", "reading a prompt of {:,}"),
+        ("41m", "cache", "bytes", "memory of {:,}"),
+        ("7b", "decode", "ms", "7B parameters: a token after {:,}"),
     ):
-        found = [r for r in rows(suite, "cuda", size="41m", batch=1) if field in r]
+        found = [r for r in rows(suite, "cuda", size=size, batch=1) if field in r]
         at = max(r["history"] for r in found if r["peer"] == "transformer" and r["history"] < LONG)
         own = {r["peer"]: r for r in found if r["history"] == at}
         show = size_of if field == "bytes" else "{:.3g} ms".format
