@@ -245,31 +245,32 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def fill(document: Path, *tables: Callable[[], str]) -> None:
-    text = document.read_text()
-    for table in tables:
+# The tables of each document.
+TABLES: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (glance, demo, cuda_hit, cuda_slide),
+    "docs/benchmarks.md": (cuda_long, cpu_speed, cpu_prefill, cpu_memory, peers_report.peers),
+    "docs/embedding.md": (startup,),
+    "docs/training.md": (train_speed,),
+    "docs/using.md": (state, planner),
+    "models/tlinformer-prose-8m/README.md": (parity,),
+}
+
+
+def filled(name: str) -> str:
+    """A document with its tables made anew."""
+    text = (ROOT / name).read_text()
+    for table in TABLES[name]:
         pattern = rf"(<!-- {table.__name__} -->\n).*?(<!-- end -->)"
         text, count = re.subn(
             pattern, lambda m, t=table: m[1] + t() + "\n" + m[2], text, flags=re.S
         )
         if count != 1:
-            raise SystemExit(f"{document}: no place for the table {table.__name__}")
-    document.write_text(text)
+            raise SystemExit(f"{name}: no place for the table {table.__name__}")
+    return text
 
 
 if __name__ == "__main__":
     figures.prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
-    fill(ROOT / "models/tlinformer-prose-8m/README.md", parity)
     figures.overview("41m", "cuda", peers_report.IMAGES / "overview-41m-cuda.png")
-    fill(ROOT / "README.md", glance, demo, cuda_hit, cuda_slide)
-    fill(ROOT / "docs/using.md", state, planner)
-    fill(ROOT / "docs/embedding.md", startup)
-    fill(ROOT / "docs/training.md", train_speed)
-    fill(
-        ROOT / "docs/benchmarks.md",
-        cuda_long,
-        cpu_speed,
-        cpu_prefill,
-        cpu_memory,
-        peers_report.peers,
-    )
+    for document in TABLES:
+        (ROOT / document).write_text(filled(document))

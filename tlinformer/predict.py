@@ -117,8 +117,8 @@ def measure_events(
 ) -> np.ndarray:
     """Seconds, bytes and FLOPs, float64 (`EVENTS`, 3), of a model at a history of whole windows.
 
-    The best of the repeats counts, as other programs only add; of runs that are short there are more
-    of them. Of a hit where every token slides all three are 0.
+    The best of the repeats counts, as other programs only add; short runs are repeated more often.
+    Of a hit where every token slides all three are 0.
     """
     config = model.config
     tokens = min(64, config.generation_window - 1)
