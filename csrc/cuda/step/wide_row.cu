@@ -28,19 +28,16 @@ constexpr int kStages = 6, kStageBytes = kLoads * kThreads * kWide * 2;
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-// The warps' sums of one output.
-template <int WARPS>
-struct SumsOf {
-  float of_warp[WARPS];
+// Of an output, each warp's part.
+using WarpSums = float[kWarps];
 
-  __device__ float sum() const {
-    float sum = 0;
+template <int N>
+__device__ float sum_of(const float (&parts)[N]) {
+  float sum = 0;
 #pragma unroll
-    for (const float part : of_warp) sum += part;
-    return sum;
-  }
-};
-using WarpSums = SumsOf<kWarps>;
+  for (const float part : parts) sum += part;
+  return sum;
+}
 
 // A block's outputs, whole units of them: as many as any other block's, or one unit more.
 struct Share {
@@ -224,7 +221,7 @@ class WideStream {
         if (++stage == kStages) stage = 0, parity ^= 1;
         int first = row, count = kRows;
         sum_scattered<kRows, 1, 0>(own, lane, first, count);
-        if (count > 0 && first < share.count) sums[m * share.count + first].of_warp[warp] = own[0];
+        if (count > 0 && first < share.count) sums[m * share.count + first][warp] = own[0];
       }
     }
     meet();
@@ -242,9 +239,7 @@ __device__ void wide_product(const void* const (&matrices)[MATRICES], int width,
   if (threadIdx.x == kThreads) Stream::prepare(shared);
   __syncthreads();
   if (threadIdx.x >= kThreads) {
-    if (threadIdx.x == kThreads) {
-      Stream::copy(shared, memory, matrices, width, share);
-    }
+    if (threadIdx.x == kThreads) Stream::copy(shared, memory, matrices, width, share);
     return wait_for_previous();
   }
   WideVector<V> x;
@@ -278,7 +273,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
           const int element = output - head * p.head_dim;
           const float2 bias = unpack<T>(
               reinterpret_cast<const uint32_t*>(p.bias)[static_cast<unsigned>(output) / 2]);
-          const float2 plain = {sums[i].sum() + bias.x, sums[i + 1].sum() + bias.y};
+          const float2 plain = {sum_of(sums[i]) + bias.x, sum_of(sums[i + 1]) + bias.y};
           const float2 turned = rotate(plain, __ldcg(p.rotations + element / 2));
           if (head < p.query_heads) {
             *reinterpret_cast<float2*>(p.query + output) = {turned.x * scale, turned.y * scale};
@@ -314,7 +309,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
           const int output = share.begin + i;
           float bias = 0;
           if (p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[output]);
-          p.x[output] = __ldcg(p.x + output) + (sums[i].sum() + bias);
+          p.x[output] = __ldcg(p.x + output) + (sum_of(sums[i]) + bias);
         }
       });
 #endif
@@ -338,29 +333,23 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
         const bool finishes = static_cast<int>(threadIdx.x) < share.count;
         if (load_now(&p.state->live, finishes) == 0) return;
         for (int i = threadIdx.x; i < share.count; i += kThreads) {
-          const float gate = sums[i].sum(), up = sums[share.count + i].sum();
+          const float gate = sum_of(sums[i]), up = sum_of(sums[share.count + i]);
           static_cast<T*>(p.hidden)[share.begin + i] = from_float<T>(silu(gate) * up);
         }
       });
 #endif
 }
 
-// Loads of a row that a thread has, a power of two.
-int loads_of(int width) {
-  int loads = 1;
-  while (loads * kThreads * kWide < width) loads *= 2;
-  return loads;
-}
-
-// Calls f with that, up to MOST: more do not fit into registers.
+// Calls f with the loads of a row that a thread has, a power of two up to MOST: more do not fit
+// into registers.
 template <int MOST, class F>
 bool with_loads(int width, const F& f) {
-  const int loads = loads_of(width);
-  if (loads == 1) return f(std::integral_constant<int, 1>{});
-  if (loads == 2) return f(std::integral_constant<int, 2>{});
-  if (loads == 4) return f(std::integral_constant<int, 4>{});
-  if constexpr (MOST == 8 && kLoads >= 8) {
-    if (loads == 8) return f(std::integral_constant<int, 8>{});
+  const int loads = ceil_div(width, kThreads * kWide);
+  if (loads <= 1) return f(std::integral_constant<int, 1>{});
+  if (loads <= 2) return f(std::integral_constant<int, 2>{});
+  if (loads <= 4) return f(std::integral_constant<int, 4>{});
+  if constexpr (MOST == kLoads) {
+    if (loads <= kLoads) return f(std::integral_constant<int, kLoads>{});
   }
   return false;
 }
@@ -401,7 +390,7 @@ bool add_wide(const AddStep& p, const Launch& how) {
   if (p.outputs <= kWideModel) return false;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launched = with_loads<8>(p.inputs, [&](auto loads) {
+    launched = with_loads<kLoads>(p.inputs, [&](auto loads) {
       return launch_wide(how, tlin_add_wide<T, decltype(loads)::value>, "add_wide", p.outputs, 1, 1,
                          p);
     });
