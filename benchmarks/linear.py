@@ -23,6 +23,20 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tlinformer import TLinFormerConfig
 
 
+def provide_mamba_kernels() -> None:
+    """Makes mamba_ssm's Triton kernels importable, all that Mamba-2 needs of it.
+
+    The package's own imports want the compiled scan of Mamba-1, which no wheel has; without it
+    flash-linear-attention, when it is imported, finds no kernels and quietly goes without.
+    """
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec and spec.submodule_search_locations and "mamba_ssm" not in sys.modules:
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
+        sys.modules["mamba_ssm"] = package
+
+
 class Linear(Graphed):
     """A model of flash-linear-attention; `kind` names its classes."""
 
@@ -37,6 +51,7 @@ class Linear(Graphed):
 
     @classmethod
     def missing(cls) -> str:
+        provide_mamba_kernels()
         for name in cls.needs:
             try:
                 if importlib.util.find_spec(name) is None:
@@ -185,17 +200,11 @@ class Mamba2(Linear):
     needs = (*Linear.needs, "mamba_ssm")  # without it flash-linear-attention has no fast kernels
 
     @classmethod
-    def build(cls, config: TLinFormerConfig, units: int) -> Any:
-        # The package's own imports want the compiled scan of Mamba-1, which no wheel has. Mamba-2's
-        # kernels are in Triton and do without it.
-        if "mamba_ssm" not in sys.modules:
-            spec = importlib.util.find_spec("mamba_ssm")
-            assert spec is not None and spec.submodule_search_locations is not None
-            package = types.ModuleType("mamba_ssm")
-            package.__path__ = list(spec.submodule_search_locations)
-            package.__spec__ = spec
-            sys.modules["mamba_ssm"] = package
-        return super().build(config, units)
+    def missing(cls) -> str:
+        if without := super().missing():
+            return without
+        layer = importlib.import_module("fla.layers.mamba2")
+        return "" if layer.is_fast_path_available else "the kernels of mamba_ssm"
 
     @classmethod
     def shape(cls, config: TLinFormerConfig, units: int) -> dict[str, Any]:

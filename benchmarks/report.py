@@ -207,6 +207,7 @@ def planner() -> str:
     """How far predictions were from the engine's times, at the worst history of each model."""
     events = ("prefill", "slide", "hit", "token")
     lines = ["| device | model | " + " | ".join(events) + " |", "|---|---|" + "---:|" * len(events)]
+    runs: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("planner_*.json")):
         for model in load(path.stem)["models"]:
             device = model["environment"].get("gpu", "CPU, one thread")
@@ -216,7 +217,8 @@ def planner() -> str:
             )
             errors = " | ".join(f"{error:+.0%}" for error in worst)
             lines.append(f"| {device} | {model['model']} | {errors} |")
-    return "\n".join(lines)
+            runs.append(model["environment"])
+    return "\n".join(lines) + version(runs)
 
 
 def parity() -> str:

@@ -1,4 +1,4 @@
-"""What the documents show works: their links, their programs, and their generated tables."""
+"""What the documents show works: their links, whole programs, and their generated tables."""
 
 import importlib
 import os

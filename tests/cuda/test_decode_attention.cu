@@ -141,10 +141,11 @@ template <class T>
 void test(const Case& c, unsigned seed) {
   Random random{std::mt19937_64(seed)};
   const int batch = static_cast<int>(c.sequences.size()), d = c.d;
-  int64_t most_context = 1, most_window = 1;
+  int64_t most_context = 1, most_window = 1, most_new = 1;  // rows; of windows alone
   for (const Lengths& s : c.sequences) {
     most_context = std::max(most_context, std::max<int64_t>(s.history, s.compressed));
     most_window = std::max(most_window, s.window + 2 + (c.follows ? s.history : 0));
+    most_new = std::max(most_new, s.window + 2);
   }
   Region<T> context(batch, c.kv_heads, most_context + random.below(9), d);
   Region<T> window(batch, c.kv_heads, most_window + random.below(9), d);
@@ -181,7 +182,7 @@ void test(const Case& c, unsigned seed) {
   a.window = cached(device_window, window);
   a.window_follows_history = c.follows;
   a.most_rows = !c.planned && random.below(2) ? 0 : most_context + most_window;
-  a.most_window_rows = !c.planned && random.below(2) ? 0 : most_window;
+  a.most_window_rows = !c.planned && random.below(2) ? 0 : most_new;
   a.scratch = scratch.data();
   a.blocks = c.blocks;
 
@@ -313,6 +314,9 @@ void test_sizes() {
   std::vector<Lengths> many;
   for (int s = 0; s < 300; ++s) many.push_back(lengths(60));
   test<T>({32, 2, 1, ContextRows::history, true, many}, ++seed);
+  // The last launch has a single sequence of them.
+  many.resize(257);
+  test<T>({36, 12, 12, ContextRows::history, true, many, 1, 0, true}, ++seed);
   // Of a batch: eight queries of a key/value head, and more, also where rows follow one another;
   // few heads, in clusters.
   many[0] = {900 + random.below(9), 1, 50 + random.below(50), 1};
@@ -344,6 +348,7 @@ void test_long(unsigned seed) {
   };
   one(36, 12, 12, true);
   one(128, 32, 8, true);
+  one(128, 32, 4, true);
   one(128, 16, 2, false);
   one(64, 20, 4, true);
   one(36, 6, 2, true);

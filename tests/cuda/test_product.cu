@@ -507,6 +507,12 @@ void test_stopped() {
   test_mlp(problem, 6);
   test_head(problem, Embed::random, 4);
   test_project(problem, false, 5);
+  Problem<bf16> wide({1288, 6, 2, 36, 40, 53}, 1, 1);
+  wide.states[0].live = 0;
+  wide.device_states.set(wide.states);
+  test_add(wide, 40, false, 2);
+  test_gate(wide, 3);
+  test_project(wide, false, 5);
 }
 
 // Several copies of random weights, so that a kernel finds as few of them in L2 as in a model.
@@ -762,6 +768,7 @@ int main(int argc, char** argv) {
   test<bf16>({1288, 6, 2, 36, 1000, 53}, {1}, 10000);
   test<f16>({2048, 8, 2, 128, 2200, 53}, {1}, 11000);
   test<f16>({4104, 8, 1, 40, 136, 53}, {1}, 12000);
+  test_gate(Problem<bf16>({4096, 1, 1, 32, 9000, 53}, 1, 2), 12500);  // many rounds of the ring
   for (const int inputs : {8200, 14336, 16384}) {
     test_add(Problem<bf16>({1032, 1, 1, 32, 8, 53}, 1, 3), inputs, true, 13000);
     test_add(Problem<f16>({1160, 1, 1, 32, 8, 53}, 1, 4), inputs, false, 14000);

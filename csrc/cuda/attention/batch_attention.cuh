@@ -1,4 +1,5 @@
-// The decode attention of a batch: a head's rows go through shared memory, in tiles of a warp, and
+// The decode attention of a batch, and of a single sequence whose query heads share keys and
+// values, where there are few rows: a head's rows go through shared memory, in tiles of a warp, and
 // through tensor cores, for all queries of the head at once. A warp's tiles are a ring; the first
 // are asked for before the query exists, and often these are all. Each warp keeps softmaxes of its
 // own, which are merged at the end, in one block of the head's cluster for each query.

@@ -343,7 +343,7 @@ void launch_decode_attention(const DecodeAttention& a, uint32_t* arrivals, float
 struct Scratch {
   uint32_t* arrivals;
   float* partials;
-  void* history;
+  void* history;  // of a single sequence; of more none
 };
 
 // False, and nothing is launched, where the general kernel has to do it.
@@ -358,9 +358,11 @@ bool with_history_attention(const DecodeAttention& a, const Scratch& scratch, co
 template <class T, int D>
 bool with_history_attention(const DecodeAttention& a, const Scratch& scratch, const Launch& how) {
   const int group = a.query_heads / a.kv_heads;
+  if (scratch.history == nullptr) return false;
   if (group == 1) return with_history_attention<T, D, 1>(a, scratch, how);
-  if (group <= 4) return with_history_attention<T, D, 4>(a, scratch, how);
-  return with_history_attention<T, D, kMostHeadsOfPass>(a, scratch, how);
+  // Records of many query heads leave room for few parts: then less are better, in more passes.
+  if (group > 4 && with_history_attention<T, D, kMostHeadsOfPass>(a, scratch, how)) return true;
+  return with_history_attention<T, D, 4>(a, scratch, how);
 }
 
 // Of at most kMostSequences.
@@ -372,7 +374,7 @@ void decode_attention_of(const DecodeAttention& a, const Scratch& scratch, const
   case D:                                                                                  \
     if (a.batch == 1 && !grouped && launch_window_attention<T, D>(a, how)) return;         \
     if ((a.batch > 1 || grouped) && launch_batch_attention<T, D>(a, how)) return;          \
-    if (a.batch == 1 && with_history_attention<T, D>(a, scratch, how)) return;             \
+    if (with_history_attention<T, D>(a, scratch, how)) return;                             \
     if (!grouped)                                                                          \
       return launch_decode_attention<T, D, 1>(a, scratch.arrivals, scratch.partials, how); \
     return launch_decode_attention<T, D, heads_of_pass(D, true)>(a, scratch.arrivals,      \
@@ -410,8 +412,9 @@ void decode_attention(const DecodeAttention& a, const Launch& how) {
   require(a.most_rows < int64_t{1} << 31, "decode attention: ", a.most_rows, " rows of a head");
   char* const arrivals = static_cast<char*>(a.scratch);
   char* const partials = arrivals + arrivals_bytes(a.batch, a.query_heads);
+  char* const history = partials + partials_bytes(a.batch, a.query_heads, a.head_dim);
   const Scratch scratch{reinterpret_cast<uint32_t*>(arrivals), reinterpret_cast<float*>(partials),
-                        partials + partials_bytes(a.batch, a.query_heads, a.head_dim)};
+                        a.batch == 1 ? history : nullptr};
   for (int first = 0; first < a.batch; first += kMostSequences) {
     DecodeAttention part = a;
     part.batch = std::min(a.batch - first, kMostSequences);

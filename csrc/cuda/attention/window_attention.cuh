@@ -1,6 +1,7 @@
-// The decode attention of a single sequence's layers that read few rows: the blocks of a head's
-// cluster have its rows in shared memory before the query exists, eight or few times eight in each
-// warp, and one of them merges the softmaxes of all warps.
+// The decode attention of a single sequence's layers that read few rows, where no query heads share
+// keys and values (else batch_attention.cuh has it): the blocks of a head's cluster have its rows
+// in shared memory before the query exists, eight or few times eight in each warp, and one of them
+// merges the softmaxes of all warps.
 #pragma once
 
 #include "../dsmem.cuh"

@@ -98,9 +98,11 @@ void project_row(const ProjectStep& p, const Launch& how);
 void add_row(const AddStep& p, const Launch& how);
 void gate_row(const GateStep& p, const Launch& how);
 
-// The same for one sequence of a wide model. False, and nothing is launched, for others, and where
+// The same for one sequence of a wide model: of more columns (hidden_size) than others have, up to
+// 8192, and a down projection of up to 16384. False, and nothing is launched, for others, and where
 // the device does not allow it.
-constexpr int kWideModel = kPartPitch;  // inner width of a model that is not wide, at most
+constexpr int kWideModel = kPartPitch;  // columns of others, at most
+bool is_wide(int hidden_size);
 bool project_wide(const ProjectStep& p, const Launch& how);
 bool add_wide(const AddStep& p, const Launch& how);
 bool gate_wide(const GateStep& p, const Launch& how);

@@ -37,7 +37,7 @@ void Step::feed(const Launch& how) const { feed_step(sample_, how); }
 void Step::push(const Launch& first) const {
   Launch how = first;
   // Kernels that keep weights in shared memory run beside others that leave as much to it.
-  if (m_.hidden() > kWideModel && sample_.batch == 1) how.shared_percent = kAllShared;
+  if (sample_.batch == 1 && is_wide(m_.hidden())) how.shared_percent = kAllShared;
   const auto next = [&how] {
     const Launch now = how;
     how.early = true;

@@ -368,14 +368,22 @@ bool launch_wide(const Launch& how, Kernel* kernel, const char* name, int output
   return true;
 }
 
+constexpr int kMostLoads = 4;  // of a vector whose norm's parameters are in registers, too
+
 }  // namespace
+
+bool is_wide(int hidden_size) {
+  return hidden_size > kWideModel && hidden_size <= kMostLoads * kThreads * kWide &&
+         compiled_for(tlin_add_wide<bf16, 1>, 90) &&
+         kStages * kStageBytes < shared_memory_of_block();
+}
 
 bool project_wide(const ProjectStep& p, const Launch& how) {
   bool launched = false;
   if (p.hidden_size <= kWideModel) return false;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launched = with_loads<4>(p.hidden_size, [&](auto loads) {
+    launched = with_loads<kMostLoads>(p.hidden_size, [&](auto loads) {
       return launch_wide(how, tlin_project_wide<T, decltype(loads)::value>, "project_wide",
                          (p.query_heads + 2 * p.kv_heads) * p.head_dim, 2, 1, p,
                          1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)),
@@ -403,7 +411,7 @@ bool gate_wide(const GateStep& p, const Launch& how) {
   if (p.hidden_size <= kWideModel) return false;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launched = with_loads<4>(p.hidden_size, [&](auto loads) {
+    launched = with_loads<kMostLoads>(p.hidden_size, [&](auto loads) {
       return launch_wide(how, tlin_gate_wide<T, decltype(loads)::value>, "gate_wide",
                          p.intermediate_size, 1, 2, p, 1.0f / static_cast<float>(p.hidden_size));
     });
