@@ -681,15 +681,18 @@ void bench_wide(const char* name, const Sizes& s) {
   const gpu::Array<float2> rotations(std::vector<float2>(s.head_dim / 2, {0.6f, 0.8f}));
   const gpu::Array<Candidate> candidates(head_candidates(s.vocab));
   const Norm norm{parameters.data(), parameters.data(), 1e-5f};
+  const auto with_norm = [&](auto p) {
+    p.state = state.data();
+    p.x = x.data();
+    p.hidden_size = width;
+    p.norm = norm;
+    return p;
+  };
   const auto token = [&](cudaStream_t stream) {
     const Launch how{stream, true, 1, kAllShared};
     const bf16* at = weights.data();
     for (int l = 0; l < kLayers; ++l, at += layer) {
-      ProjectStep project;
-      project.state = state.data();
-      project.x = x.data();
-      project.hidden_size = width;
-      project.norm = norm;
+      auto project = with_norm(ProjectStep{});
       project.weight = at;
       project.bias = parameters.data();
       project.query_heads = s.query_heads;
@@ -707,12 +710,8 @@ void bench_wide(const char* name, const Sizes& s) {
       add.inputs = add.outputs = width;
       add.x = x.data();
       add_step(add, how);
-      GateStep gated;
-      gated.state = state.data();
-      gated.x = x.data();
-      gated.hidden_size = width;
+      auto gated = with_norm(GateStep{});
       gated.intermediate_size = inner;
-      gated.norm = norm;
       gated.gate = at + qkv + out;
       gated.up = at + qkv + out + gate;
       gated.hidden = hidden.data();
@@ -722,11 +721,7 @@ void bench_wide(const char* name, const Sizes& s) {
       add.inputs = inner;
       add_step(add, how);
     }
-    HeadStep last;
-    last.state = state.data();
-    last.x = x.data();
-    last.hidden_size = width;
-    last.norm = norm;
+    auto last = with_norm(HeadStep{});
     last.vocab_size = s.vocab;
     last.embed = at;
     last.logits = logits.data();

@@ -368,6 +368,17 @@ bool launch_wide(const Launch& how, Kernel* kernel, const char* name, int output
   return true;
 }
 
+// Calls f with the tags of a type and of the loads of a row of `width`, if the model is wide.
+template <int MOST, class F>
+bool with_kernel(DType dtype, int hidden_size, int width, const F& f) {
+  bool launched = false;
+  if (hidden_size <= kWideModel) return false;
+  with_type(dtype, [&](auto type) {
+    launched = with_loads<MOST>(width, [&](auto loads) { return f(type, loads); });
+  });
+  return launched;
+}
+
 constexpr int kMostLoads = 4;  // of a vector whose norm's parameters are in registers, too
 
 }  // namespace
@@ -379,44 +390,31 @@ bool is_wide(int hidden_size) {
 }
 
 bool project_wide(const ProjectStep& p, const Launch& how) {
-  bool launched = false;
-  if (p.hidden_size <= kWideModel) return false;
-  with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launched = with_loads<kMostLoads>(p.hidden_size, [&](auto loads) {
-      return launch_wide(how, tlin_project_wide<T, decltype(loads)::value>, "project_wide",
-                         (p.query_heads + 2 * p.kv_heads) * p.head_dim, 2, 1, p,
-                         1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim)),
-                         1.0f / static_cast<float>(p.hidden_size));
-    });
-  });
-  return launched;
+  const float scale = 1.4426950408889634f / std::sqrt(static_cast<float>(p.head_dim));
+  const auto launch = [&](auto type, auto loads) {
+    const auto kernel = tlin_project_wide<typename decltype(type)::type, decltype(loads)::value>;
+    const int outputs = (p.query_heads + 2 * p.kv_heads) * p.head_dim;
+    return launch_wide(how, kernel, "project_wide", outputs, 2, 1, p, scale,
+                       1.0f / static_cast<float>(p.hidden_size));
+  };
+  return with_kernel<kMostLoads>(p.dtype, p.hidden_size, p.hidden_size, launch);
 }
 
 bool add_wide(const AddStep& p, const Launch& how) {
-  bool launched = false;
-  if (p.outputs <= kWideModel) return false;
-  with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launched = with_loads<kLoads>(p.inputs, [&](auto loads) {
-      return launch_wide(how, tlin_add_wide<T, decltype(loads)::value>, "add_wide", p.outputs, 1, 1,
-                         p);
-    });
-  });
-  return launched;
+  const auto launch = [&](auto type, auto loads) {
+    const auto kernel = tlin_add_wide<typename decltype(type)::type, decltype(loads)::value>;
+    return launch_wide(how, kernel, "add_wide", p.outputs, 1, 1, p);
+  };
+  return with_kernel<kLoads>(p.dtype, p.outputs, p.inputs, launch);
 }
 
 bool gate_wide(const GateStep& p, const Launch& how) {
-  bool launched = false;
-  if (p.hidden_size <= kWideModel) return false;
-  with_type(p.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    launched = with_loads<kMostLoads>(p.hidden_size, [&](auto loads) {
-      return launch_wide(how, tlin_gate_wide<T, decltype(loads)::value>, "gate_wide",
-                         p.intermediate_size, 1, 2, p, 1.0f / static_cast<float>(p.hidden_size));
-    });
-  });
-  return launched;
+  const auto launch = [&](auto type, auto loads) {
+    const auto kernel = tlin_gate_wide<typename decltype(type)::type, decltype(loads)::value>;
+    return launch_wide(how, kernel, "gate_wide", p.intermediate_size, 1, 2, p,
+                       1.0f / static_cast<float>(p.hidden_size));
+  };
+  return with_kernel<kMostLoads>(p.dtype, p.hidden_size, p.hidden_size, launch);
 }
 
 }  // namespace tlinformer::cuda
