@@ -63,7 +63,8 @@ inline int64_t history_counts_bytes(int query_heads) {  // passes are never more
 // A warp's rows of a pass, on tensor cores for several query heads.
 template <class T, int D, int H>
 class MmaPass {
-  using Rows = MmaRows<T, D, 16>;
+  static constexpr int kRows = HistoryPlaces<D, H>::kTile;
+  using Rows = MmaRows<T, D, kRows>;
 
  public:
   // Of `heads` heads; the others are the last one again.
@@ -74,10 +75,10 @@ class MmaPass {
   // What follows the rows may be NaN.
   __device__ void add(const char* keys, char* values, int rows, int lane) {
     T* const of_values = reinterpret_cast<T*>(values);
-    if (rows < 16) {  // weights of zero do no harm to zeros
+    if (rows < kRows) {  // weights of zero do no harm to zeros
       uint2* const to = reinterpret_cast<uint2*>(of_values);
 #pragma unroll 1
-      for (int i = rows * (D / 4) + lane; i < 16 * (D / 4); i += 32) to[i] = {0, 0};
+      for (int i = rows * (D / 4) + lane; i < kRows * (D / 4); i += 32) to[i] = {0, 0};
       order_copies_after_own_stores();
       __syncwarp();
     }
