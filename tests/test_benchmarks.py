@@ -320,3 +320,26 @@ def test_the_report_fits_the_papers_formulas(tmp_path: Path) -> None:
     for name in ("paper-figure-9", "peers"):
         assert (tmp_path / f"images/{name}-41m-cpu.png").stat().st_size > 10_000
         assert f"images/{name}-41m-cpu.png" in text
+
+
+def test_the_planner_keeps_what_it_does_not_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = importlib.import_module("planner")
+    path, errors = tmp_path / "planner.json", {"8M": 0.1, "GQA": -0.2}
+    monkeypatch.setattr(
+        planner, "check", lambda name, *_: {"model": name, "rows": [{"error": errors[name]}]}
+    )
+
+    def measure(*names: str) -> dict[str, float]:
+        command = ["planner.py", "--device", "cpu", "--json", str(path), "--models", *names]
+        monkeypatch.setattr(sys, "argv", command)
+        planner.main()
+        models = json.loads(path.read_text())["models"]
+        return {model["model"]: model["rows"][0]["error"] for model in models}
+
+    with pytest.raises(SystemExit, match=r"an error of -20.0% is beyond 15%"):
+        measure("GQA")
+    errors["GQA"] = 0.05
+    assert measure("8M") == {"8M": 0.1, "GQA": -0.2}
+    assert measure("GQA") == {"8M": 0.1, "GQA": 0.05}
