@@ -1,4 +1,4 @@
-"""The fastest of PyTorch's attention kernels for each shape, found by trying them."""
+"""The fastest attention kernel for each shape, of PyTorch's and FlashInfer's, found by trying."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from measure import milliseconds
+from paged import HEAD_DIMS, PagedDecode, installed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -61,7 +62,7 @@ class FastestAttention:
             self.picked[shape] = self.pick(q[:, :, part], k[:, :, part], v[:, :, part], causal)
         return self.picked[shape][1](q, k, v)
 
-    def ways(self, rows: int, causal: bool) -> dict[str, Callable[..., Tensor]]:
+    def ways(self, rows: int, head_dim: int, causal: bool) -> dict[str, Way]:
         if self.device.type != "cuda":
             return {"sdpa": partial(sdpa, CPU, causal, self.scale)}
         found = {
@@ -70,13 +71,16 @@ class FastestAttention:
         }
         if rows == 1:
             found["math"] = partial(sdpa, SDPBackend.MATH, causal, self.scale)
+        if rows == 1 and head_dim in HEAD_DIMS and installed():
+            found["flashinfer"] = PagedDecode(self.scale, tensor_cores=False)
+            found["flashinfer_tensor_cores"] = PagedDecode(self.scale, tensor_cores=True)
         return found
 
     def pick(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool
     ) -> tuple[str, Callable[..., Tensor]]:
         """The fastest way that computes this and agrees with the others."""
-        ways = self.ways(q.size(2), causal)
+        ways = self.ways(q.size(2), q.size(3), causal)
         if len(ways) == 1:
             return next(iter(ways.items()))
         took: dict[str, float] = {}

@@ -1,13 +1,25 @@
 #!/usr/bin/env bash
 # All of the peers' rows on a GPU, in parts of some four minutes, the most telling first:
 #   benchmarks/parts.sh 1      # then 2, 3, ... 10; a part that did not end goes on when called again
-# Rows go to benchmarks/results/. Parts 5 and 9 need the wheels of fetch_peers.sh. PYTHON names the
-# interpreter with the CUDA build of tlinformer.
+# Rows go to benchmarks/results/. Parts 5 and 9 need the wheels of fetch_peers.sh; with them FlashInfer is
+# tried for every Transformer. PYTHON names the interpreter with the CUDA build of tlinformer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { "${PYTHON:-python3}" benchmarks "$@"; }
-linear="gla gated-deltanet mamba2"  # of whose kernels Triton first tries all variants
-export TRITON_CACHE_AUTOTUNING=1
+linear="gla gated-deltanet mamba2"
+export TRITON_CACHE_AUTOTUNING=1 FLA_CONV_BACKEND=triton  # Mamba-2 has no other here
+# Triton compiles all variants of a kernel before it tries them, minutes for each of these peers: all
+# at once first, and their choices, made beside each other, are not kept.
+compile() {
+  local scratch peer
+  scratch=$(mktemp -d)
+  for peer in $linear; do
+    (unset TRITON_CACHE_AUTOTUNING
+     run "$1" --peers "$peer" --histories 1024 --calls 2 --json "$scratch/$peer.json") &
+  done
+  wait
+  rm -r "$scratch"
+}
 case ${1:-} in
   1) run decode --peers engine transformer naive-concatenate naive-recompute ;;
   2) run prefill --peers engine transformer --seconds 120
@@ -19,7 +31,9 @@ case ${1:-} in
      run prefill --peers engine --histories 10000000 --calls 3
      run memory
      run memory --prompt 10000000 --generated 1000 ;;
-  5) run decode --peers $linear --histories 1024 1048576 --seconds 300
+  5) compile decode
+     compile prefill
+     run decode --peers $linear --histories 1024 1048576 --seconds 300
      run prefill --peers $linear --seconds 120
      run cache --peers $linear --seconds 60 ;;
   6) run batch ;;
