@@ -228,8 +228,9 @@ class WideStream {
   }
 };
 
-// What the three kernels have in common. inputs(x) makes the vector, after the wait; finish(sums)
-// is called by the threads that multiply.
+// What the three kernels have in common. inputs(x) makes the vector, after the wait, and returns
+// what the end needs beside it: asked for that early, it is no trip in which memory idles.
+// finish(sums, needed) is called by the threads that multiply.
 template <class T, int MATRICES, int V, class Inputs, class Finish>
 __device__ void wide_product(const void* const (&matrices)[MATRICES], int width, const Share& share,
                              const Inputs& inputs, const Finish& finish) {
@@ -243,11 +244,20 @@ __device__ void wide_product(const void* const (&matrices)[MATRICES], int width,
     return wait_for_previous();
   }
   WideVector<V> x;
-  inputs(x);
+  const auto needed = inputs(x);
   WarpSums* const sums = reinterpret_cast<WarpSums*>(memory + kStages * kStageBytes);
   Stream::multiply(shared, memory, x, width, share, sums);
-  finish(sums);
+  finish(sums, needed);
 }
+
+struct BiasAndRotation {
+  int bias;  // of two outputs
+  float2 rotation;
+};
+struct ProjectNeeds {
+  WarpState state;
+  BiasAndRotation first;  // of the thread's outputs
+};
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads + 32, 1)
@@ -256,25 +266,34 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
   let_next_start();
   const Share share((p.query_heads + 2 * p.kv_heads) * p.head_dim, 2);  // pairs, to be rotated
   const WideNorm<T, V> norm(p.norm, threadIdx.x < kThreads ? p.hidden_size : 0);
+  const auto fetch = [&](int i) {
+    const unsigned output = share.begin + i, pair = output % p.head_dim / 2;
+    const bool wanted = i < share.count;
+    return BiasAndRotation{load_now(static_cast<const int*>(p.bias) + output / 2, wanted),
+                           load_now(p.rotations + pair, wanted)};
+  };
   wide_product<T, 1, V>(
       {p.weight}, p.hidden_size, share,
       [&](WideVector<V>& x) {
         wait_for_previous();
         x.load(p.x, p.hidden_size);
-        norm.apply(x, per_width);
-      },
-      [&](const WarpSums* sums) {
         const WarpState state(p.state, static_cast<int>(threadIdx.x) / 32 * 64 < share.count);
+        const BiasAndRotation first = fetch(threadIdx.x * 2);
+        norm.apply(x, per_width);
+        return ProjectNeeds{state, first};
+      },
+      [&](const WarpSums* sums, const ProjectNeeds& needed) {
+        const WarpState& state = needed.state;
         const NewRows& rows = p.new_rows;
         const int64_t slot = state.last() - (rows.follows_history ? 0 : state.history());
         if (state.live() == 0) return;
-        for (int i = threadIdx.x * 2; i < share.count; i += 2 * kThreads) {
+        BiasAndRotation own = needed.first;
+        for (int i = threadIdx.x * 2; i < share.count; own = fetch(i += 2 * kThreads)) {
           const int output = share.begin + i, head = output / p.head_dim;
           const int element = output - head * p.head_dim;
-          const float2 bias = unpack<T>(
-              reinterpret_cast<const uint32_t*>(p.bias)[static_cast<unsigned>(output) / 2]);
+          const float2 bias = unpack<T>(static_cast<uint32_t>(own.bias));
           const float2 plain = {sum_of(sums[i]) + bias.x, sum_of(sums[i + 1]) + bias.y};
-          const float2 turned = rotate(plain, __ldcg(p.rotations + element / 2));
+          const float2 turned = rotate(plain, own.rotation);
           if (head < p.query_heads) {
             *reinterpret_cast<float2*>(p.query + output) = {turned.x * scale, turned.y * scale};
             continue;
@@ -290,26 +309,37 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
 #endif
 }
 
+struct AddNeeds {
+  int live;
+  float x;  // of the thread's first output
+};
+
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads + 32, 1)
     tlin_add_wide(const __grid_constant__ AddStep p) {
 #if __CUDA_ARCH__ >= 900
   let_next_start();
   const Share share(p.outputs, 1);
+  const auto x_before = [&](int i) {
+    const float* const from = p.x + share.begin + i;
+    return __int_as_float(load_now(reinterpret_cast<const int*>(from), i < share.count));
+  };
   wide_product<T, 1, V>(
       {p.weight}, p.inputs, share,
       [&](WideVector<V>& x) {
         wait_for_previous();
         x.load(static_cast<const T*>(p.input), p.inputs);
-      },
-      [&](const WarpSums* sums) {
         const bool finishes = static_cast<int>(threadIdx.x) < share.count;
-        if (load_now(&p.state->live, finishes) == 0) return;
-        for (int i = threadIdx.x; i < share.count; i += kThreads) {
+        return AddNeeds{load_now(&p.state->live, finishes), x_before(threadIdx.x)};
+      },
+      [&](const WarpSums* sums, const AddNeeds& needed) {
+        if (needed.live == 0) return;
+        float x = needed.x;
+        for (int i = threadIdx.x; i < share.count; x = x_before(i += kThreads)) {
           const int output = share.begin + i;
           float bias = 0;
           if (p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[output]);
-          p.x[output] = __ldcg(p.x + output) + (sum_of(sums[i]) + bias);
+          p.x[output] = x + (sum_of(sums[i]) + bias);
         }
       });
 #endif
@@ -327,11 +357,12 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
       [&](WideVector<V>& x) {
         wait_for_previous();
         x.load(p.x, p.hidden_size);
+        const int live = load_now(&p.state->live, static_cast<int>(threadIdx.x) < share.count);
         norm.apply(x, per_width);
+        return live;
       },
-      [&](const WarpSums* sums) {
-        const bool finishes = static_cast<int>(threadIdx.x) < share.count;
-        if (load_now(&p.state->live, finishes) == 0) return;
+      [&](const WarpSums* sums, int live) {
+        if (live == 0) return;
         for (int i = threadIdx.x; i < share.count; i += kThreads) {
           const float gate = sum_of(sums[i]), up = sum_of(sums[share.count + i]);
           static_cast<T*>(p.hidden)[share.begin + i] = from_float<T>(silu(gate) * up);
