@@ -138,7 +138,7 @@ def size_of(count: float) -> str:
 
 def glance() -> str:
     """The engine and others at a glance, where each metric was last measured of the Transformer."""
-    peers = ("engine", "transformer", "sliding-window", "naive-concatenate")
+    peers = ("engine", "transformer", "gla", "sliding-window", "naive-concatenate")
     lines, runs = [["", *(peers_report.LABELS[p] for p in peers)]], []
     for size, suite, field, words in (
         ("41m", "decode", "ms", "a token after {:,}"),

@@ -24,9 +24,9 @@ LABELS = {
     "tlinformer-pytorch": "TLinFormer in PyTorch",
     "transformer": "Transformer",
     "sliding-window": "Transformer, sliding window",
-    "gla": "GLA",
-    "gated-deltanet": "Gated DeltaNet",
-    "mamba2": "Mamba-2",
+    "gla": "GLA, linear time",
+    "gated-deltanet": "Gated DeltaNet, linear time",
+    "mamba2": "Mamba-2, linear time",
     "naive-concatenate": "naive: concatenates its cache",
     "naive-recompute": "naive: recomputes everything",
 }

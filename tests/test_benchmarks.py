@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlinformer import Engine
@@ -263,13 +264,54 @@ def test_the_fastest_right_attention_is_picked(monkeypatch: pytest.MonkeyPatch) 
         return call
 
     ways = {name: way(name) for name in ("refuses", *took)}
-    monkeypatch.setattr(choose, "ways", lambda rows, causal: ways)
+    monkeypatch.setattr(choose, "ways", lambda rows, head_dim, causal: ways)
     monkeypatch.setattr(
         attention, "milliseconds", lambda call, *_: took[getattr(call, "func", way("slow")).name]
     )
     x = torch.ones(1, 1, 1, 4)
     assert torch.equal(choose(x, x, x, False), x)
     assert choose.names() == {"1 x 1+": "right"}
+
+
+class Paged:
+    """What FlashInfer's wrapper computes, of the pages that it is told."""
+
+    def __init__(self, workspace: Tensor, layout: str, use_tensor_cores: bool) -> None:
+        assert layout == "HND"
+
+    def plan(self, begins: Tensor, pages: Tensor, last: Tensor, *shape: int, **other: Any) -> None:
+        assert shape == (4, 2, 64, 16)  # query heads, heads, head size, rows of a page
+        self.begins, self.pages, self.last, self.scale = begins, pages, last, other["sm_scale"]
+
+    def run(self, q: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        out = []
+        for b, row in enumerate(q):
+            own = self.pages[self.begins[b] : self.begins[b + 1]].long()
+            rows = 16 * (len(own) - 1) + int(self.last[b])
+            k, v = (x[own].transpose(0, 1).flatten(1, 2)[:, :rows] for x in cache)
+            out.append(
+                F.scaled_dot_product_attention(
+                    row[:, None], k, v, scale=self.scale, enable_gqa=True
+                )[:, 0]
+            )
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 33), (3, 32), (2, 1)])
+def test_pages_are_the_caches_rows(monkeypatch: pytest.MonkeyPatch, batch: int, rows: int) -> None:
+    flashinfer = types.ModuleType("flashinfer")
+    flashinfer.BatchDecodeWithPagedKVCacheWrapper = Paged  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
+    decode = importlib.import_module("paged").PagedDecode(0.3, tensor_cores=False)
+    cache = torch.full((2, batch, 2, 64, 64), torch.nan)
+    cache[:, :, :, :rows] = torch.randn(2, batch, 2, rows, 64)
+    k, v = cache[..., :rows, :]
+    q = torch.randn(batch, 4, 1, 64)
+    expected = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    for _ in range(2):  # as planned, then as kept
+        torch.testing.assert_close(decode(q, k, v), expected)
+    with pytest.raises(ValueError, match="strides"):
+        decode(q, k.transpose(1, 2), v)
 
 
 def test_memory_is_measured(tmp_path: Path) -> None:
