@@ -163,13 +163,20 @@ def install_library(prefix: Path, objects: list[str], cuda: bool) -> None:
 
 
 def gencode(architectures: str) -> list[str]:
-    """nvcc's options for "80;90a"; exits on anything else than such numbers."""
+    """nvcc's options for "80;90a"; exits on anything else than such numbers.
+
+    Of plain numbers PTX goes in, too, which drivers compile for newer GPUs.
+    """
     names = [name for name in re.split("[;, ]+", architectures) if name]
     if not names or not all(re.fullmatch(r"\d+[af]?", name) for name in names):
         raise SystemExit(
             f"tlinformer: TLINFORMER_CUDA_ARCHS={architectures!r} is not a list such as '80;90a'"
         )
-    return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [
+        f"-gencode=arch=compute_{name},code={code}_{name}"
+        for name in names
+        for code in (("sm", "compute") if name.isdigit() else ("sm",))
+    ]
 
 
 def extension() -> setuptools.Extension:

@@ -63,6 +63,7 @@ def test_cublas_is_found_in_the_toolkit(build, tmp_path):
 def test_architectures_become_options_of_nvcc(build):
     assert build.gencode("80;90a") == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_90a,code=sm_90a",
     ]
     for wrong in ("", "hopper", "9.0"):

@@ -68,6 +68,22 @@ void set_attribute(Kernel* kernel, cudaFuncAttribute attribute, int value, const
   set = value;
 }
 
+// Of the current device; asked once. Without one a plan can still be made, as for an H200.
+template <cudaDeviceAttr ATTRIBUTE>
+int of_device(int of_h200) {
+  static const int value = [&] {
+    int device = 0, n = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return of_h200;
+    check(cudaDeviceGetAttribute(&n, ATTRIBUTE, device), "cudaDeviceGetAttribute");
+    return n;
+  }();
+  return value;
+}
+inline int multiprocessors() { return of_device<cudaDevAttrMultiProcessorCount>(132); }
+inline int shared_memory_of_block() {  // at most, in bytes
+  return of_device<cudaDevAttrMaxSharedMemoryPerBlockOptin>(227 * 1024);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, dim3 grid,
             dim3 block, size_t shared_bytes, Arguments&&... arguments) {
@@ -90,6 +106,10 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
   if (shared_bytes > 32 * 1024) {  // 48 KiB come unasked, for the kernel's own variables, too
+    const int most = shared_memory_of_block();
+    require(shared_bytes <= static_cast<size_t>(most), name, " takes ", shared_bytes,
+            " bytes of shared memory and a block of this GPU has ", most,
+            "; GPUs of compute capability 8.0 and 9.0 have enough. The CPU engine runs here");
     set_attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                   static_cast<int>(shared_bytes), name);
   }
@@ -107,22 +127,6 @@ bool compiled_for(Kernel* kernel, int architecture) {
   const cudaError_t status = cudaFuncGetAttributes(&compiled, kernel);
   if (status != cudaSuccess) cudaGetLastError();
   return status == cudaSuccess && compiled.ptxVersion >= architecture;
-}
-
-// Of the current device; asked once. Without one a plan can still be made, as for an H200.
-template <cudaDeviceAttr ATTRIBUTE>
-int of_device(int of_h200) {
-  static const int value = [&] {
-    int device = 0, n = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return of_h200;
-    check(cudaDeviceGetAttribute(&n, ATTRIBUTE, device), "cudaDeviceGetAttribute");
-    return n;
-  }();
-  return value;
-}
-inline int multiprocessors() { return of_device<cudaDevAttrMultiProcessorCount>(132); }
-inline int shared_memory_of_block() {  // at most, in bytes
-  return of_device<cudaDevAttrMaxSharedMemoryPerBlockOptin>(227 * 1024);
 }
 
 }  // namespace tlinformer::cuda

@@ -180,11 +180,8 @@ struct Problem {
 
 const Launch kPlain{};
 
-bool on_hopper() {
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
-  return major >= 9;
-}
+__global__ void probe() {}
+bool has_clusters() { return compiled_for(probe, 90); }  // which the MLP's kernel needs
 
 template <class T>
 void test_project(Problem<T>& problem, bool follows_history, unsigned seed) {
@@ -359,7 +356,7 @@ void test_mlp(const Problem<T>& problem, unsigned seed) {
   p.up = device_up.data();
   p.down = device_down.data();
   const int parts = mlp_parts(p);
-  CHECK((parts == 0) == (!on_hopper() || s.width > kPartPitch));
+  CHECK((parts == 0) == (!has_clusters() || s.width > kPartPitch));
   if (parts == 0) return;
   const Fenced<float> device_parts(static_cast<size_t>(parts) * kPartPitch);
   p.parts = device_parts.data();
@@ -597,7 +594,7 @@ void bench(const char* name, const Sizes& s, int batch) {
   enum { kQkv, kOut, kGate, kDown, kHead, kTwo, kMlp, kKernels };
   const char* const kernels[] = {"qkv", "out", "gate/up", "down", "head", "gate/up, then down",
                                  "mlp"};
-  const bool has_mlp = batch == 1 && on_hopper() && mlp_parts(mlp) > 0;
+  const bool has_mlp = batch == 1 && has_clusters() && mlp_parts(mlp) > 0;
   const int last = has_mlp ? kKernels : kTwo + 1;
   std::vector<std::unique_ptr<Copies>> weights(kKernels);
   const auto run = [&](int kernel, cudaStream_t stream) {

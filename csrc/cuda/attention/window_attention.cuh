@@ -31,10 +31,9 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   const int blocks = 1 << shift_blocks,
             shift_warps = shift_blocks + 3;  // a power of two, all of them
   const int head = blockIdx.x >> shift_blocks, block = blockIdx.x & (blocks - 1);
-  const int group = a.query_heads / a.kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int most = static_cast<int>(a.most_rows);
-  const Places places(kWarps * tiles_each, group, blocks);
+  const Places places(kWarps * tiles_each, 1, blocks);
   float* const records = reinterpret_cast<float*>(memory + places.records);
   const uint32_t record_barrier = shared_address(&all_records);
   if (lane == 0) prepare_copies(&arrived[warp]);
@@ -127,9 +126,7 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   if (blocks > 1) dsmem::wait_for_blocks();
 
   wait_for_previous();
-  const int first_query = head * group;
-  const float* const queries = a.query + first_query * d;
-  auto query = Rows::load(queries);
+  const auto query = Rows::load(a.query + head * d);
 #pragma unroll
   for (auto& row : newer) row.load();
   fetch_state(&current);
@@ -141,74 +138,61 @@ __global__ void __launch_bounds__(32 * kWindowWarps, window_blocks_each(d))
   const int window = static_cast<int>(current.last) - history + 1,
             window_units = (window + kEight - 1) / kEight;
   const int units = context_units + window_units;
-  // Query i is merged by block i % blocks. A softmax's records are as many as warps with
-  // rows of it.
-  const int merges = max(group - block + blocks - 1, 0) >> shift_blocks;
+  // Block 0 merges. A softmax's records are as many as warps with rows of it.
   const auto records_of = [&](int softmax) {
     return min(softmax == 0 ? context_units : window_units, warps);
   };
-  if (threadIdx.x == 0 && blocks > 1 && merges > 0) {
-    dsmem::barrier_expect(record_barrier, merges * (records_of(0) + records_of(1)) * kRecord * 4);
+  if (threadIdx.x == 0 && blocks > 1 && block == 0) {
+    dsmem::barrier_expect(record_barrier, (records_of(0) + records_of(1)) * kRecord * 4);
   }
 
+  int turn = 0;
 #pragma unroll 1
-  for (int i = 0; i < group; ++i) {
-    typename Rows::Query next;
-    if (i + 1 < group) next = Rows::load(queries + (i + 1) * d);
-    int turn = 0;
+  for (int softmax = 0; softmax < 2; ++softmax) {
+    const int first = turn, end = softmax == 0 ? context_units : units;
+    Rows rows;
 #pragma unroll 1
-    for (int softmax = 0; softmax < 2; ++softmax) {
-      const int first = turn, end = softmax == 0 ? context_units : units;
-      Rows rows;
-#pragma unroll 1
-      for (; place + turn * warps < end; ++turn) {
-        const int number = place + turn * warps;
-        const int left =
-            softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
-        const T* const keys = reinterpret_cast<const T*>(tiles + turn * 2 * Places::kTileBytes) +
-                              (softmax == 0 ? 0 : window_shift * d);
-        rows.add(query, keys, keys + kValues, min(kEight, left));
-      }
-      if (turn == first) continue;
-      const int number = softmax == 0 ? place : (place + first * warps - context_units);
-      float* const record =
-          records + ((((i >> shift_blocks) * 2 + softmax) << shift_warps) + number) * kRecord;
-      if (blocks == 1) {
-        rows.finish([&](int at, float2 x) { *reinterpret_cast<float2*>(record + at) = x; });
-      } else {
-        const uint32_t to = dsmem::address_in_block(shared_address(record), (i & (blocks - 1)));
-        const uint32_t barrier = dsmem::address_in_block(record_barrier, (i & (blocks - 1)));
-        rows.finish([&](int at, float2 x) { dsmem::send(to + 4 * at, x, barrier); });
-      }
+    for (; place + turn * warps < end; ++turn) {
+      const int number = place + turn * warps;
+      const int left =
+          softmax == 0 ? context - number * kEight : window - (number - context_units) * kEight;
+      const T* const keys = reinterpret_cast<const T*>(tiles + turn * 2 * Places::kTileBytes) +
+                            (softmax == 0 ? 0 : window_shift * d);
+      rows.add(query, keys, keys + kValues, min(kEight, left));
     }
-    query = next;
+    if (turn == first) continue;
+    const int number = softmax == 0 ? place : (place + first * warps - context_units);
+    float* const record = records + ((softmax << shift_warps) + number) * kRecord;
+    if (blocks == 1) {
+      rows.finish([&](int at, float2 x) { *reinterpret_cast<float2*>(record + at) = x; });
+    } else {
+      const uint32_t to = dsmem::address_in_block(shared_address(record), 0);
+      const uint32_t barrier = dsmem::address_in_block(record_barrier, 0);
+      rows.finish([&](int at, float2 x) { dsmem::send(to + 4 * at, x, barrier); });
+    }
   }
-  if (merges == 0) return;
+  if (block > 0) return;
   if (blocks > 1) {
     dsmem::barrier_wait(record_barrier, 0);
   } else {
     __syncthreads();
   }
-  const int softmax = warp % 2, count = records_of(softmax);
-#pragma unroll 1
-  for (int m = 0; m < merges; ++m) {
-    if (m > 0) __syncthreads();
-    const float* const from = records + (((m * 2 + softmax) << shift_warps)) * kRecord;
-    merge_records<T, d, kWarps, kWarps / 2>(from, count, warp / 2, parts[warp]);
-    __syncthreads();
-    if (warp > 0 || lane >= Rows::kValueLanes) continue;
-    T* const to = static_cast<T*>(a.output) + (first_query + block + (m << shift_blocks)) * d;
+  const int softmax = warp % 2;
+  merge_records<T, d, kWarps, kWarps / 2>(records + (softmax << shift_warps) * kRecord,
+                                          records_of(softmax), warp / 2, parts[warp]);
+  __syncthreads();
+  if (warp > 0 || lane >= Rows::kValueLanes) return;
+  T* const to = static_cast<T*>(a.output) + head * d;
 #pragma unroll
-    for (int i = 0; i < Rows::kOwnValues; i += 2) {
-      const int at = Rows::kOwnValues * lane + i;
-      float2 sum = {0, 0};
+  for (int i = 0; i < Rows::kOwnValues; i += 2) {
+    const int at = Rows::kOwnValues * lane + i;
+    float2 sum = {0, 0};
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(&parts[w][at]);
-        sum = {sum.x + part.x, sum.y + part.y};
-      }
-      *reinterpret_cast<uint32_t*>(to + at) = pack<T>(sum.x, sum.y);
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 part = *reinterpret_cast<const float2*>(&parts[w][at]);
+      sum = {sum.x + part.x, sum.y + part.y};
     }
+    *reinterpret_cast<uint32_t*>(to + at) = pack<T>(sum.x, sum.y);
   }
 }
 
@@ -234,7 +218,7 @@ struct WindowGrid {
 template <int d>
 WindowGrid window_grid(const DecodeAttention& a) {
   using Places = WindowPlaces<d, kWindowWarps, kEight>;
-  const int group = a.query_heads / a.kv_heads, rows = static_cast<int>(a.most_rows);
+  const int rows = static_cast<int>(a.most_rows);
   const int most = has_clusters() ? kWindowCluster : 1;
   WindowGrid grid{1, 0};
   while (grid.blocks < most && 2 * grid.blocks * a.kv_heads <= multiprocessors() &&
@@ -244,7 +228,7 @@ WindowGrid window_grid(const DecodeAttention& a) {
   const auto fits = [&] {
     const int tiles = Places::tiles_of(rows, grid.blocks);
     grid.tiles = (tiles + kWindowWarps - 1) / kWindowWarps * kWindowWarps;
-    return Places(grid.tiles, group, grid.blocks).end <= 160 * 1024;
+    return Places(grid.tiles, 1, grid.blocks).end <= 160 * 1024;
   };
   while (grid.blocks < most && !fits()) grid.blocks *= 2;
   return fits() ? grid : WindowGrid{};
@@ -258,8 +242,7 @@ bool launch_window_attention(const DecodeAttention& a, const Launch& how) {
   if (grid.blocks == 0) return false;
   Launch clusters = how;
   clusters.cluster = grid.blocks;
-  const WindowPlaces<d, kWindowWarps, kEight> places(grid.tiles, a.query_heads / a.kv_heads,
-                                                     grid.blocks);
+  const WindowPlaces<d, kWindowWarps, kEight> places(grid.tiles, 1, grid.blocks);
   launch(clusters, tlin_window_attention<T, d>, "window attention",
          static_cast<unsigned>(a.kv_heads * grid.blocks), 32 * kWindowWarps,
          static_cast<size_t>(places.end), a, grid.shift(), grid.tiles / kWindowWarps);
