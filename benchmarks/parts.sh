@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # All of the peers' rows on a GPU, in parts of some four minutes, the most telling first:
 #   benchmarks/parts.sh 1      # then 2, 3, ... 10; a part that did not end goes on when called again
-# Rows go to benchmarks/results/. Parts 5 and 9 need the wheels of fetch_peers.sh; with them FlashInfer is
-# tried for every Transformer. PYTHON names the interpreter with the CUDA build of tlinformer.
+#   benchmarks/parts.sh all    # one after the other
+# Rows go to benchmarks/results/. Parts 5 and 9 need the wheels of fetch_peers.sh; with them
+# FlashInfer is tried for every Transformer. PYTHON names the interpreter with the CUDA build of
+# tlinformer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { "${PYTHON:-python3}" benchmarks "$@"; }
@@ -49,5 +51,6 @@ case ${1:-} in
         --seconds 100
       run prefill --sizes 7b --peers engine transformer --histories 1024 16384 131072 1048576 \
         --calls 3 --seconds 80 ;;
-  *) echo "usage: benchmarks/parts.sh 1-10" >&2; exit 2 ;;
+  all) for part in {1..10}; do bash benchmarks/parts.sh "$part"; done ;;
+  *) echo "usage: benchmarks/parts.sh 1-10|all" >&2; exit 2 ;;
 esac

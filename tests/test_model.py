@@ -334,7 +334,8 @@ def test_torch_compile_has_no_graph_break(device: torch.device, small_model: Mak
     model = small_model(num_key_value_heads=1).to(device)
     ids = make_ids(model.config, 1, 14).to(device)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(ids), model(ids), rtol=0, atol=1e-12)
+    with torch.no_grad():  # compiling gradients, too, takes three times as long
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=0, atol=1e-12)
     torch.testing.assert_close(compiled(ids, ids), model(ids, ids))
 
 
