@@ -108,8 +108,8 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const char* name, 
   if (shared_bytes > 32 * 1024) {  // 48 KiB come unasked, for the kernel's own variables, too
     const int most = shared_memory_of_block();
     require(shared_bytes <= static_cast<size_t>(most), name, " takes ", shared_bytes,
-            " bytes of shared memory and a block of this GPU has ", most,
-            "; GPUs of compute capability 8.0 and 9.0 have enough. The CPU engine runs here");
+            " bytes of shared memory; a block of this GPU has at most ", most,
+            ". A100, H100 and H200 have enough");
     set_attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                   static_cast<int>(shared_bytes), name);
   }

@@ -48,6 +48,7 @@ inline void check_supported(const Config& c, const CachePlanOptions& options) {
           "dtype is float32; the CUDA backend computes in bfloat16 and float16");
   require(options.max_context < (int64_t{1} << 31), "max_context = ", options.max_context,
           "; on CUDA it must be less than ", int64_t{1} << 31);
+  check_shared_memory();
 }
 
 struct Workspace {

@@ -40,6 +40,9 @@ struct DecodeAttention {
   int blocks = 0;            // thread blocks, at most multiprocessors(); 0: chosen here
 };
 
+// Throws where a block of the current device has less shared memory than these kernels may take.
+void check_shared_memory();
+
 int64_t decode_attention_scratch(int batch, int query_heads, int head_dim);
 void decode_attention(const DecodeAttention& a, const Launch& how);
 
