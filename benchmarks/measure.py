@@ -6,7 +6,9 @@ its run. It is written after each row, so a run that was cut off goes on where i
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.metadata
 import itertools
 import json
 import platform
@@ -28,6 +30,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 KEY = ("suite", "size", "peer", "history", "batch", "dtype", "traced")
 SETTLED = ("ms", "bytes", "skipped")  # a row with one of these is not measured again
 FLUSH = 2**28  # bytes: more than twice any L2
+PACKAGES = ("triton", "fla-core", "flash-linear-attention", "mamba-ssm", "flashinfer-python")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -78,6 +81,15 @@ def version() -> str:
     return _output("git", "log", "-1", "--format=%h", *code) + ("+" if changed else "")
 
 
+def _versions() -> dict[str, str]:
+    """Of the peers' packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Hardware, clocks, versions and commit."""
     found = {
@@ -98,6 +110,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             "driver": driver,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            **_versions(),
         }
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,18 +12,20 @@ import torch
 from torch import Tensor
 
 PAGE = 16  # rows
-HEAD_DIMS = (64, 128, 256)  # that its kernels are compiled for
+HEAD_DIMS = (64, 128)  # that its kernels are compiled for
 
 
 @cache
 def installed() -> bool:
-    return importlib.util.find_spec("flashinfer") is not None
+    """With what compiles its kernels."""
+    found = shutil.which("nvcc") and shutil.which("ninja")
+    return bool(found and importlib.util.find_spec("flashinfer"))
 
 
 @cache
 def workspace(device: torch.device) -> Tensor:
     """For the parts of a softmax: one call after another uses it."""
-    return torch.empty(2**27, dtype=torch.uint8, device=device)
+    return torch.zeros(2**27, dtype=torch.uint8, device=device)
 
 
 class PagedDecode:

@@ -234,7 +234,8 @@ WindowGrid window_grid(const DecodeAttention& a) {
   return fits() ? grid : WindowGrid{};
 }
 
-// Of a single sequence. False, and nothing is launched, where rows are too many.
+// Of a single sequence whose query heads share no keys. False, and nothing is launched, where rows
+// are too many.
 template <class T, int d>
 bool launch_window_attention(const DecodeAttention& a, const Launch& how) {
   if (a.most_rows <= 0 || a.most_rows > 16384) return false;

@@ -229,7 +229,7 @@ class WideStream {
 };
 
 // What the three kernels have in common. inputs(x) makes the vector, after the wait, and returns
-// what the end needs beside it: asked for that early, it is no trip in which memory idles.
+// what the end needs beside the sums, so that memory does not idle there for it.
 // finish(sums, needed) is called by the threads that multiply.
 template <class T, int MATRICES, int V, class Inputs, class Finish>
 __device__ void wide_product(const void* const (&matrices)[MATRICES], int width, const Share& share,
