@@ -79,16 +79,18 @@ $(VENV)/python:
 	@command -v $${CXX:-c++} > /dev/null || \
 	  { echo "tlinformer needs a C++ compiler: install g++, or name one in CXX"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@echo "fetching PyTorch"
 	$(BIN)/python -m pip install -q -U "setuptools>=77" ninja scipy-openblas32 "$(TORCH)"
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python $(PACKAGE_FILES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@echo "compiling the engine, about a minute"
+	$(BIN)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@
 
 build/cublas:
 	$(BIN)/python -m pip install -q --no-deps --target $@ "$(CUBLAS)"
 
 $(VENV)/tools: pyproject.toml | $(VENV)/installed
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 	@touch $@

@@ -195,10 +195,13 @@ def main(suite: str, arguments: list[str]) -> None:
         of = ("tokens", "prefill", "slide")
         parser.add_argument("--of", choices=of, default="tokens", help="what to trace")
     parser.add_argument("--generated", type=int, default=5000, help="tokens after the prompt")
-    parser.add_argument("--json", type=Path, help="another file of results")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on a short history")
+    parser.add_argument("--json", type=Path, help="another file of results; of tiny models the one")
     args = parser.parse_args(arguments)
     args.device = torch.device(args.device)
     kind = args.device.type
+    if args.smoke:
+        args.size, args.prompt, args.generated = "tiny", 300, 60
     if suite == "trace" and kind != "cuda":
         parser.error("trace counts what happens on a GPU; on the CPU use perf")
     usual = {"cpu": 100_000, "cuda": 2**20}[kind] if suite != "trace" else 2**14
@@ -208,6 +211,7 @@ def main(suite: str, arguments: list[str]) -> None:
     row |= {"batch": 1, "dtype": str(args.dtype).removeprefix("torch.")}
     # Measured before the ceilings, whose memory would count.
     row |= {"memory": memory, "trace": trace, "state": state}[suite](args)
-    results = Results(args.json or RESULTS / f"{suite}-{kind}.json")
+    usual_file = None if args.size == "tiny" else RESULTS / f"{suite}-{kind}.json"
+    results = Results(args.json or usual_file)
     results.begin(args.device)
     results.add(row)

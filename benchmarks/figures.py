@@ -12,7 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError:
+    raise SystemExit("pictures need matplotlib: pip install matplotlib") from None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,17 +45,29 @@ def plain(value: float, _: Any = None) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
-def draw(axes: Axes, lines: dict[str, Lines], title: str, y: str, log: bool = True) -> None:
-    """One line a peer over the history; the engine's is the thick one."""
+def draw(
+    axes: Axes,
+    lines: dict[str, Lines],
+    title: str,
+    y: str,
+    log: bool = True,
+    points: int = 1,
+) -> None:
+    """One line a peer over the history; the engine's is the thick one.
+
+    Up to so many `points` are no line.
+    """
     for peer, values in lines.items():
         if values:
             style = {"linewidth": 2.4, "zorder": 3} if peer == ENGINE else {"linewidth": 1.3}
             dashed = "--" if peer.startswith("naive") else "-"
+            if len(values) <= points:
+                dashed = "none"
             places = [max(1, x) for x in values]
             axes.plot(
                 places,
                 list(values.values()),
-                dashed,
+                linestyle=dashed,
                 marker="o",
                 markersize=4,
                 color=COLOURS.get(peer, "black"),
@@ -70,7 +85,8 @@ def draw(axes: Axes, lines: dict[str, Lines], title: str, y: str, log: bool = Tr
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         if high < 50 * low:  # powers of ten alone would be one or two
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            subs = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
     else:
         axes.set_ylim(bottom=0)
@@ -110,8 +126,7 @@ def paper_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
     }
     draw(d, state, "d  What is kept of the tokens", "MiB")
     times = {p: over(hit[p], hit[ENGINE]) for p in peers if p != ENGINE}
-    curves = {p: t for p, t in times.items() if len(t) > 2}  # between two points it is no line
-    draw(e, curves, "e  A hit, in hits of the engine", "time / engine's time")
+    draw(e, times, "e  A hit, in hits of the engine", "time / engine's time", points=2)
     e.axhline(1, color="black", linewidth=0.8, linestyle=":")
     whole = {p: amortised(hit[p], miss[p], window) if p in SLIDE else hit[p] for p in peers}
     draw(f, whole, "f  A token on average, misses included", "ms")
@@ -126,9 +141,9 @@ def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None
     value = partial(line, device=device, folder=folder, size=size, dtype=dtype_of(device), batch=1)
     peers = (ENGINE, "transformer", "gla", "sliding-window", "naive-concatenate")
     panels = (
-        ("decode", "ms", "A token", "ms", 1.0),
+        ("decode", "ms", "A token between two slides", "ms", 1.0),
         ("prefill", "ms", "Reading a prompt", "ms", 1.0),
-        ("cache", "bytes", "Memory of the tokens", "MiB", 2**-20),
+        ("cache", "bytes", "Memory of the tokens", "GiB", 2**-30),
     )
     figure, all_axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for axes, (suite, field, title, unit, scale) in zip(all_axes, panels, strict=True):
@@ -136,6 +151,7 @@ def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None
             p: {x: scale * v for x, v in value(suite, peer=p, field=field).items() if x}
             for p in peers
         }
+        lines = {p: values for p, values in lines.items() if len(values) > 1}
         draw(axes, lines, title, unit)
         times = over(lines["transformer"], lines[ENGINE])
         if times:  # how much the Transformer needs more, where both end
@@ -143,15 +159,16 @@ def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None
             low, high = lines[ENGINE][last], lines["transformer"][last]
             axes.vlines(last, low, high, color="black", linestyles=":", linewidth=0.8)
             axes.annotate(
-                f"{times[last]:.3g}x",
+                f"Transformer: {times[last]:.3g}x",
                 (last, low**0.62 * high**0.38),  # below the middle, where others may be
-                (0, 0),
-                ha="center",
+                (-3, 0),
+                ha="right",
                 va="center",
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
                 **OFFSET,
             )
-    finish(figure, all_axes, title_of(size, device, folder), path)
+    title = f"{title_of(size, device, folder)}, batch 1, logarithmic"
+    finish(figure, all_axes, title, path)
 
 
 def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:

@@ -217,6 +217,7 @@ class Results:
         command = " ".join(["python", *sys.argv])
         run = {"command": command, **environment(device), "ceilings": ceilings(device)}
         self.data["runs"].append(run)
+        print(f"rows go to {self.path or 'no file'}; ceilings, measured now:")
         print(json.dumps(run["ceilings"]), flush=True)
         return run["ceilings"]
 

@@ -275,4 +275,7 @@ if __name__ == "__main__":
     figures.prose_8m(ROOT / "models/tlinformer-prose-8m/training.png")
     figures.overview("41m", "cuda", peers_report.IMAGES / "overview-41m-cuda.png")
     for document in TABLES:
-        (ROOT / document).write_text(filled(document))
+        text, before = filled(document), (ROOT / document).read_text()
+        (ROOT / document).write_text(text)
+        print(f"{document}: {'the same tables' if text == before else 'new tables'}")
+    print("pictures: docs/images, models/tlinformer-prose-8m/training.png")

@@ -323,11 +323,12 @@ def test_memory_is_measured(tmp_path: Path) -> None:
     assert row["peak_bytes"] >= row["weight_bytes"] and row["growth_bytes"] < 2**22
 
 
-def test_suites_need_a_clone(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_suites_need_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     bench = importlib.import_module("tlinformer.cli.bench")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "__file__", "/nowhere/tlinformer/cli/bench.py")
     assert tlinformer(["bench", "decode"]) == 2
-    assert "clone the repository" in capsys.readouterr().err
+    assert "is in the repository: clone it" in capsys.readouterr().err
 
 
 def test_the_report_fits_the_papers_formulas(tmp_path: Path) -> None:

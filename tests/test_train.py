@@ -266,7 +266,10 @@ def test_evaluation_refuses_what_it_cannot_score(config):
         ({"model": MODEL | {"vocab_size": 269}}, "vocab_size is 269; the tokenizer has 270"),
         ({"model": MODEL | {"variant": "tlinformer"}}, "set architecture instead"),
         ({"model": MODEL | {"width": 3}}, r"unknown config fields \['width'\]"),
-        ({"tokenizer": None, "model": {}}, "the size is needed"),
+        (
+            {"tokenizer": None, "model": {}},
+            "neither tokenizer nor model.vocab_size is given; name one with --tokenizer",
+        ),
         ({"device": "abacus"}, "device is 'abacus'"),
     ],
 )

@@ -82,7 +82,9 @@ def prepare_corpus(config: TrainConfig, progress: Progress | None = None) -> Cor
         )
         train_data, valid_data = files["train"], valid_data or files["validation"]
     if not train_data:
-        raise ValueError("train_data is empty; name at least one text file, or a dataset")
+        raise ValueError(
+            "train_data is empty; name a text file (--train-data) or a dataset (--dataset)"
+        )
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     elif rank() > 0 or (run / "checkpoint.pt").is_file():  # trained by the first process, or before
@@ -91,7 +93,8 @@ def prepare_corpus(config: TrainConfig, progress: Progress | None = None) -> Cor
         raise ValueError("train_data is a token file; name the tokenizer that made it")
     elif "vocab_size" not in config.model:
         raise ValueError(
-            "neither tokenizer nor model.vocab_size is given; the size is needed: name either"
+            "neither tokenizer nor model.vocab_size is given; name one with --tokenizer, or a size "
+            "with --vocab-size"
         )
     else:
         task = progress.add_task("training the tokenizer", total=None) if progress else None

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 
 #include "tlinformer/cache.h"
 #include "tlinformer/error.h"
@@ -19,7 +21,7 @@ int64_t choose_piece_rows(const Config& config, int64_t history) {
   return std::max<int64_t>(1, std::min(rows, history));
 }
 
-void check_device(const Config& config, const CachePlanOptions& options) {
+void check_device([[maybe_unused]] const Config& config, const CachePlanOptions& options) {
   if (options.device == Device::cpu) return;
 #if defined(TLINFORMER_CUDA)
   cuda::check_supported(config, options);
@@ -133,10 +135,15 @@ void CachePlan::check_limit(const Config& config) const {
   CachePlanOptions smaller = options_;
   --smaller.max_context;
   const int64_t fits = longest_context(config, smaller);
+  const auto size = [](int64_t bytes) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%" PRId64 " bytes (%.4g GiB)", bytes,
+                  static_cast<double>(bytes) / (1 << 30));
+    return std::string(text);
+  };
   throw OutOfMemory("max_context = " + std::to_string(options_.max_context) +
                     " with batch_size = " + std::to_string(options_.batch_size) + " needs " +
-                    std::to_string(total_bytes_) + " bytes; " +
-                    std::to_string(options_.memory_limit) + " are available" +
+                    size(total_bytes_) + "; " + size(options_.memory_limit) + " are available" +
                     (fits > 0 ? ", enough for max_context = " + std::to_string(fits)
                               : ", too few for any context"));
 }

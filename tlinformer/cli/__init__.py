@@ -50,7 +50,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         wrong: list[Any] = getattr(error.__cause__, "errors", list)()  # of pydantic
         given = "".join(f"; got {detail['input']!r}" for detail in wrong)
-        return f"{error.format_message()}{given} (see tlinformer --help)", 2
+        command = getattr(getattr(error, "ctx", None), "command_path", "tlinformer")
+        return f"{error.format_message()}{given} (see {command} --help)", 2
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = {"yaml": "pyyaml"}.get(error.name, error.name.replace("_", "-"))
         return f"the package {package} is missing: pip install {package}", 1

@@ -20,7 +20,7 @@ SUITES = ("decode", "prefill", "batch", "cache", "memory", "trace", "state", "tr
 
 
 def run_suite(arguments: list[str]) -> int:
-    """Runs a suite of the repository's benchmarks/, beside which the package lies in a clone.
+    """Runs a suite of the repository's benchmarks/: where the package lies in a clone, or here.
 
     Returns:
         Its exit code.
@@ -28,11 +28,13 @@ def run_suite(arguments: list[str]) -> int:
     Raises:
         FileNotFoundError: where there is no clone.
     """
-    folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    if not (folder / "__main__.py").is_file():
+    clones = [Path(__file__).resolve().parents[2], Path.cwd()]
+    found = [clone for clone in clones if (clone / "benchmarks/parts.sh").is_file()]
+    if not found:
         raise FileNotFoundError(
-            f"the suite {arguments[0]} needs {folder}: clone the repository and pip install -e it"
+            f"the suite {arguments[0]} is in the repository: clone it, and call this in its folder"
         )
+    folder = found[0] / "benchmarks"
     sys.argv = [str(folder), *arguments]
     try:
         runpy.run_path(str(folder), run_name="__main__")
@@ -42,16 +44,19 @@ def run_suite(arguments: list[str]) -> int:
 
 
 def bench_command(
-    model: Annotated[
+    path: Annotated[
         Path, typer.Argument(metavar="DIR", help="Holds config.json and model.safetensors.")
     ] = Path("models/tlinformer-prose-8m"),
+    model: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="The same.")] = None,
     context: Annotated[
         str, typer.Option(metavar="N", help="Tokens of history, whole windows: 16384, 128K, 1M.")
     ] = "16K",
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens timed between slides (default: 100).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Sequences.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", metavar="N", help="Sequences.")
+    ] = 1,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0,
     roofline: Annotated[
         bool,
@@ -74,6 +79,11 @@ def bench_command(
     from ..roofline import compare, measure_ceilings, run
 
     check_threads(threads)
+    model = model or path
+    if not model.exists():
+        raise FileNotFoundError(
+            f"{model} is neither a model directory nor a suite: {', '.join(SUITES)}"
+        )
     loaded = TLinFormerForCausalLM.from_pretrained(model)
     window, kind = loaded.config.generation_window, None if dtype == "auto" else dtype
     tokens = min(100, window - 1) if tokens is None else tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -98,6 +99,10 @@ def generate_command(
         if len(lengths) > 1:
             raise ValueError(f"{load_state} holds {len(lengths)} sequences; generate takes one")
         saved = lengths[0]
+    if prompt and os.path.isdir(prompt):  # a Path takes no long text
+        raise ValueError(f"the prompt {prompt} is a folder; a model is named with --model")
+    if not model.exists():
+        raise FileNotFoundError(f"{model} is not here; name a model directory with --model")
     without = load_state and prompt is None and prompt_file is None
     text = "" if without else read_prompt(prompt, prompt_file)
     loaded = TLinFormerForCausalLM.from_pretrained(model)
@@ -280,7 +285,7 @@ def _print_summary(s: dict[str, Any], console: Console) -> None:
         f"{s['prefill_tokens_per_second']:,.0f} tokens/s",
         "generated": f"{s['new_tokens']:,} tokens in {s['decode_seconds']:.2f} s, "
         f"{s['decode_tokens_per_second']:,.0f} tokens/s{between}",
-        "cache": f"{s['hits']:,} hits, {s['slides']:,} slides{sliding}",
+        "cache": f"{s['hits']:,} hits, {s['slides']:,} slide{'s' * (s['slides'] != 1)}{sliding}",
         "memory": f"{format_bytes(s['cache_bytes'])} of keys and values; a Transformer's: "
         f"{format_bytes(s['standard_transformer_cache_bytes'])} ({ratio:.1f}x)",
     }
