@@ -41,27 +41,29 @@ Options options_of(int argc, char** argv) {
     }
     require(i + 1 < argc, name, " needs a value\n", kUsage);
     const std::string value = argv[i + 1];
-    char* end = nullptr;
-    const double number = std::strtod(value.c_str(), &end);
-    const bool text = name == "--model" || name == "--prompt-file";
-    require(text || (!value.empty() && *end == '\0'), name, " is '", value,
-            "'; it must be a number");
+    const auto number = [&] {
+      char* end = nullptr;
+      const double x = std::strtod(value.c_str(), &end);
+      require(!value.empty() && *end == '\0', name, " is '", value, "'; it must be a number");
+      return x;
+    };
     if (name == "--model") {
       o.model = value;
     } else if (name == "--prompt-file") {
       o.prompt_file = value;
     } else if (name == "--max-new-tokens") {
-      o.max_new_tokens = static_cast<int64_t>(number);
+      o.max_new_tokens = static_cast<int64_t>(number());
     } else if (name == "--temperature") {
-      o.sampling.temperature = number;
+      o.sampling.temperature = number();
     } else if (name == "--top-k") {
-      o.sampling.top_k = static_cast<int64_t>(number);
+      o.sampling.top_k = static_cast<int64_t>(number());
     } else if (name == "--top-p") {
-      o.sampling.top_p = number;
+      o.sampling.top_p = number();
     } else if (name == "--seed") {
+      number();
       o.sampling.seed = std::strtoull(value.c_str(), nullptr, 10);
     } else if (name == "--threads") {
-      o.threads = static_cast<int>(number);
+      o.threads = static_cast<int>(number());
     } else {
       throw InvalidArgument("unknown option " + name + "\n" + kUsage);
     }

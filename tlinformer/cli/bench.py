@@ -96,8 +96,9 @@ def bench_command(
     if threads:
         torch.set_num_threads(threads)
     engine = Engine(loaded, max_context=history + 1 + tokens, batch_size=batch_size, dtype=kind)
-    ceilings = measure_ceilings(engine.device) if roofline else None
-    stages = run(engine, history, tokens, SamplingParams(temperature=temperature), roofline)
+    with Console(stderr=True).status(f"reading {history:,} tokens, twice, and going on from them"):
+        ceilings = measure_ceilings(engine.device) if roofline else None
+        stages = run(engine, history, tokens, SamplingParams(temperature=temperature), roofline)
     for stage in stages if ceilings else ():
         for verb in stage.verbs:
             compare(verb, ceilings or {})

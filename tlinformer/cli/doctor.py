@@ -62,9 +62,10 @@ def doctor_command(
     else:
         # Scoring on a CPU wants float32.
         loaded = loaded.float() if place.type == "cpu" else loaded.to(place, _torch_dtype(name))
-        checks = examine(
-            loaded, dtype=name, tokens=_read(model, text, max_tokens) if text else None, **sizes
-        )
+        read = _read(model, text, max_tokens) if text else None
+        words = "scoring the text with several windows" if text else "running a short prompt"
+        with Console(stderr=True).status(words):
+            checks = examine(loaded, dtype=name, tokens=read, **sizes)
     if as_json:
         result = {"model": str(model), "device": str(place), "dtype": name, **sizes}
         print(json.dumps(result | {"checks": [dataclasses.asdict(check) for check in checks]}))
