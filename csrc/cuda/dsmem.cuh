@@ -28,6 +28,17 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
 #endif
 }
 
+// A warp's arrival is one lane's, for all that the lanes have done before a __syncwarp(). racecheck
+// does not follow that way: compiled for it, every lane arrives.
+#ifdef TLINFORMER_RACECHECK
+constexpr int kArrivalsOfWarp = 32;
+#else
+constexpr int kArrivalsOfWarp = 1;
+#endif
+__device__ inline void barrier_arrive_by_warp(uint32_t barrier, int lane) {
+  if (lane < kArrivalsOfWarp) barrier_arrive(barrier);
+}
+
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;

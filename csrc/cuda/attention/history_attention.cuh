@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
     const int piece = next_piece(p, counts);
     for (int stage = 0; stage < kStages; ++stage) {
       dsmem::barrier_init(shared_address(&arrived[stage]), 1);
-      dsmem::barrier_init(shared_address(&freed[stage]), kWarps);
+      dsmem::barrier_init(shared_address(&freed[stage]), kWarps * dsmem::kArrivalsOfWarp);
     }
     const int part = static_cast<int>(piece * p.inverse >> 32);
     const int context = a.context_rows == ContextRows::history ? history : compressed;
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kHistoryThreads, 1)
         }
         __syncwarp();
       }
-      if (lane == 0) dsmem::barrier_arrive(shared_address(&freed[stage]));
+      dsmem::barrier_arrive_by_warp(shared_address(&freed[stage]), lane);
       if (--turn < 0) turn = kTurns - 1;
       if (++stage == kStages) stage = 0, parity ^= 1;
     }

@@ -154,7 +154,7 @@ class WideStream {
   __device__ static void prepare(Shared& shared) {
     for (int stage = 0; stage < kStages; ++stage) {
       dsmem::barrier_init(shared_address(&shared.arrived[stage]), 1);
-      dsmem::barrier_init(shared_address(&shared.freed[stage]), kWarps);
+      dsmem::barrier_init(shared_address(&shared.freed[stage]), kWarps * dsmem::kArrivalsOfWarp);
     }
   }
   __device__ static void copy(Shared& shared, char* memory, const void* const (&matrices)[MATRICES],
@@ -217,7 +217,7 @@ class WideStream {
           own[r] = even + odd;
         }
         __syncwarp();
-        if (lane == 0) dsmem::barrier_arrive(shared_address(&shared.freed[stage]));
+        dsmem::barrier_arrive_by_warp(shared_address(&shared.freed[stage]), lane);
         if (++stage == kStages) stage = 0, parity ^= 1;
         int first = row, count = kRows;
         sum_scattered<kRows, 1, 0>(own, lane, first, count);
