@@ -196,7 +196,7 @@ def main(suite: str, arguments: list[str]) -> None:
         parser.add_argument("--of", choices=of, default="tokens", help="what to trace")
     parser.add_argument("--generated", type=int, default=5000, help="tokens after the prompt")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a short history")
-    parser.add_argument("--json", type=Path, help="another file of results; of tiny models the one")
+    parser.add_argument("--json", type=Path, help="another file of results")
     args = parser.parse_args(arguments)
     args.device = torch.device(args.device)
     kind = args.device.type
@@ -211,7 +211,7 @@ def main(suite: str, arguments: list[str]) -> None:
     row |= {"batch": 1, "dtype": str(args.dtype).removeprefix("torch.")}
     # Measured before the ceilings, whose memory would count.
     row |= {"memory": memory, "trace": trace, "state": state}[suite](args)
-    usual_file = None if args.size == "tiny" else RESULTS / f"{suite}-{kind}.json"
-    results = Results(args.json or usual_file)
+    published = None if args.size == "tiny" else RESULTS / f"{suite}-{kind}.json"
+    results = Results(args.json or published)
     results.begin(args.device)
     results.add(row)

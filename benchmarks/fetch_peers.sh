@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Gets the peers' wheels, pure Python, for a machine without a network:
+# Gets the peers' wheels, none compiled, for a machine without a network:
 #   benchmarks/fetch_peers.sh DIR
 # There: python -m pip install --no-index --no-deps DIR/*.whl
-# They need torch, triton and transformers 5.6.2 or newer; FlashInfer compiles its kernels with
-# nvcc, in a version that needs no compiled package beside it. PYTHON names the interpreter; it has
-# torch, which the setups of mamba-ssm and FlashInfer ask for. Of mamba-ssm the compiled scan of
-# Mamba-1 is left out.
+# They need torch, triton and transformers 5.6.2 or newer; FlashInfer, in a version that needs no
+# compiled package beside it, compiles its kernels with nvcc and ninja. PYTHON names the interpreter;
+# it has torch, which the setups of mamba-ssm and FlashInfer ask for. Of mamba-ssm the compiled scan
+# of Mamba-1 is left out.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: benchmarks/fetch_peers.sh DIR" >&2; exit 2; }
 pip() { "${PYTHON:-python3}" -m pip "$@"; }

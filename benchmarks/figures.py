@@ -60,14 +60,12 @@ def draw(
     for peer, values in lines.items():
         if values:
             style = {"linewidth": 2.4, "zorder": 3} if peer == ENGINE else {"linewidth": 1.3}
-            dashed = "--" if peer.startswith("naive") else "-"
-            if len(values) <= points:
-                dashed = "none"
+            dashes = "--" if peer.startswith("naive") else "-"
             places = [max(1, x) for x in values]
             axes.plot(
                 places,
                 list(values.values()),
-                linestyle=dashed,
+                linestyle="none" if len(values) <= points else dashes,
                 marker="o",
                 markersize=4,
                 color=COLOURS.get(peer, "black"),

@@ -312,7 +312,7 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
         "nowhere is not here; name a model directory with --model",
         2,
     ),
-    ("generate {model}", "is a folder; a model is named with --model", 2),
+    ("generate {model}", "is a model; name it with --model", 2),
     ("bench decod", "decod is neither a model directory nor a suite: decode", 2),
     ("generate x --model {model}/config.json", "config.json is a file; name the directory", 2),
     ("bench {model} --threads 100000", "--threads is 100000; takes 1 to; one a CPU", 2),

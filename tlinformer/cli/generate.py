@@ -99,8 +99,8 @@ def generate_command(
         if len(lengths) > 1:
             raise ValueError(f"{load_state} holds {len(lengths)} sequences; generate takes one")
         saved = lengths[0]
-    if prompt and os.path.isdir(prompt):  # a Path takes no long text
-        raise ValueError(f"the prompt {prompt} is a folder; a model is named with --model")
+    if prompt and os.path.isfile(f"{prompt}/config.json"):  # a Path takes no long text
+        raise ValueError(f"the prompt {prompt} is a model; name it with --model")
     if not model.exists():
         raise FileNotFoundError(f"{model} is not here; name a model directory with --model")
     without = load_state and prompt is None and prompt_file is None
