@@ -25,12 +25,36 @@ import torch
 
 import tlinformer
 from tlinformer.roofline import measure_ceilings, seconds
+from tlinformer.terminal import format_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEY = ("suite", "size", "peer", "history", "batch", "dtype", "traced")
 SETTLED = ("ms", "bytes", "skipped")  # a row with one of these is not measured again
 FLUSH = 2**28  # bytes: more than twice any L2
 PACKAGES = ("triton", "fla-core", "flash-linear-attention", "mamba-ssm", "flashinfer-python")
+# What is printed of a row, if it is there; the file has all of it.
+FIGURES = {
+    "not_installed": "not installed: {not_installed}",
+    "skipped": "skipped: {skipped}",
+    "failed": "failed: {failed}",
+    "ms": "{ms:,.3f} ms",
+    "p90": "({p10:,.3f} to {p90:,.3f})",
+    "share": "{share:.1%} of the ceiling",
+    "slide_ms": "slide {slide_ms:,.3f} ms",
+    "tokens_per_second": "{tokens_per_second:,.0f} tokens/s",
+    "millijoules": "{millijoules:,.3f} mJ a token",
+    "bytes": "{bytes}",
+    "max_context": "at most {max_context:,} tokens",
+    "peak_bytes": "peak {peak_bytes}",
+    "growth_bytes": "growth {growth_bytes}",
+    "device_microseconds": "{traced}: {device_microseconds:,.0f} us of the device",
+    "prefill_seconds": "read in {prefill_seconds:.3f} s",
+    "file_bytes": "a file of {file_bytes}",
+    "save_seconds": "written in {save_seconds:.3f} s",
+    "load_seconds": "restored in {load_seconds:.3f} s",
+    "first_byte_seconds": "first byte after {first_byte_seconds:.3f} s",
+    "resident_bytes": "resident {resident_bytes}",
+}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -47,6 +71,14 @@ def show(result: dict[str, Any]) -> None:
                 print("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
         else:
             print(f"{name}: {value}")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as people read it."""
+    place = "{size:5} {peer:18} {history:>10,} tokens  batch {batch:<3}".format_map(row)
+    sizes = {k: format_bytes(v) for k, v in row.items() if k.endswith("bytes")}
+    found = (text.format_map(row | sizes) for k, text in FIGURES.items() if row.get(k) is not None)
+    return "  ".join([place, *found])
 
 
 def _output(*command: str) -> str:
@@ -217,8 +249,9 @@ class Results:
         command = " ".join(["python", *sys.argv])
         run = {"command": command, **environment(device), "ceilings": ceilings(device)}
         self.data["runs"].append(run)
-        print(f"rows go to {self.path or 'no file'}; ceilings, measured now:")
-        print(json.dumps(run["ceilings"]), flush=True)
+        reads, products = (run["ceilings"][f"{of}_per_second"] / 1e9 for of in ("bytes", "flops"))
+        print(f"rows go to {self.path or 'no file'}; ceilings, measured now:", end=" ")
+        print(f"reads {reads:,.1f} GB/s, products {products:,.0f} GFLOP/s", flush=True)
         return run["ceilings"]
 
     def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -234,8 +267,7 @@ class Results:
         row = {**row, "run": len(self.data["runs"]) - 1}
         rows = self.data["rows"]
         rows[:] = [r for r in rows if any(r.get(k) != row.get(k) for k in KEY)] + [row]
-        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-        print("  ".join(shown), flush=True)
+        print(line(row), flush=True)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = ",\n".join(f"  {json.dumps(r)}" for r in rows)

@@ -127,6 +127,9 @@ def test_a_suite_writes_rows_and_goes_on(suite: str, tmp_path: Path, capsys: Any
     options = ["--smoke", "--peers", "engine", "transformer", "gla", "--json", str(path)]
     options += ["--histories", "70", "--batch-sizes", "1", "2"]
     assert tlinformer(["bench", suite, *options, "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and all(line.startswith("tiny  ") for line in lines[1:])
+    assert all((" at most " if suite == "cache" else " ms  (") in line for line in lines[1:5])
     data = json.loads(path.read_text())
     assert len(data["runs"]) == 1 and data["runs"][0]["ceilings"] == CEILINGS
     assert [(r["peer"], r["history"], r["batch"]) for r in data["rows"]] == [
