@@ -85,6 +85,7 @@ def test_too_little_compressed_history_is_found(
     assert history.status == "problem" and generation.status == "ok"
     assert "set history_window to 16" in history.advice
     assert history.figures["larger_loss"] < history.figures["loss"] - 1
+    assert " lower (" in history.evidence
     cured = check_windows(with_windows(copier, history_window=16), held_out, 64)
     assert [check.status for check in cured] == ["ok", "ok"]
 
@@ -94,6 +95,7 @@ def test_a_stale_context_is_found(copier: TLinFormerForCausalLM, held_out: np.nd
     history, generation = check_windows(broken, held_out, 128)
     assert generation.status == "problem" and "generation_window to 16" in generation.advice
     assert generation.figures["last_quarter_loss"] > generation.figures["first_quarter_loss"] + 1
+    assert " higher (" in generation.evidence
     assert history.status == "ok"
 
 

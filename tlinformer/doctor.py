@@ -133,6 +133,11 @@ def _difference(windows: np.ndarray) -> tuple[float, float]:
     return float(windows.mean()), float(windows.std(ddof=1) / math.sqrt(len(windows)))
 
 
+def _change(nats: float, error: float, windows: int) -> str:
+    word = "higher" if nats > 0 else "lower"
+    return f"{abs(nats):.3f} ± {error:.3f} {word} ({windows:,} windows)"
+
+
 def _grade(rise: float, error: float) -> str:
     """How bad nats are that should not be there."""
     if rise < SOME_NATS or rise < SURE * error:
@@ -203,7 +208,7 @@ def _check_history(
     figures = {"rows": rows, "loss": loss, "larger_rows": larger, "larger_loss": loss - gain}
     evidence = (
         f"loss {loss:.3f} with {rows:,} rows of compressed history, {loss - gain:.3f} with "
-        f"{larger:,} (difference {gain:+.3f} ± {error:.3f}, {len(base):,} windows)"
+        f"{larger:,}: {_change(-gain, error, len(base))}"
     )
     status = _grade(gain, error)
     advice = (
@@ -225,7 +230,7 @@ def _check_generation(losses: np.ndarray) -> Check:
     figures = {"first_quarter_loss": float(first.mean()), "last_quarter_loss": float(last.mean())}
     evidence = (
         f"loss {first.mean():.3f} in the first quarter of the window, {last.mean():.3f} in the "
-        f"last (difference {rise:+.3f} ± {error:.3f}, {count:,} windows)"
+        f"last: {_change(rise, error, count)}"
     )
     status = _grade(rise, error)
     advice = f"the history is stale there: set generation_window to {window // 2} or less"
