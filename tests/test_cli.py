@@ -319,6 +319,8 @@ BAD_OPTIONS: list[tuple[str, str, int]] = [
     ("generate x --nonsense", "No such option: --nonsense", 2),
     ("generat x", "No such command 'generat'", 2),
     ("eval {model} {tmp}/empty.txt", "empty.txt is empty; name a file with text", 2),
+    ("eval {model}", "no text to score; name files", 2),
+    ("eval {tmp}/nowhere x.txt", "nowhere is not here; a model before them or with --model", 2),
     ("train --output {tmp}/empty.txt", "--output is; empty.txt'; Not a directory; name a", 2),
     ("train --output {tmp}/empty.txt/x", "empty.txt/x'; Not a directory; name a", 2),
     ("train --output /proc/x/run", "--output is '/proc/x/run'; in /proc: No such; name a", 2),

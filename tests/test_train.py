@@ -331,7 +331,8 @@ def test_commands_train_resume_and_score(config, text, tmp_path, capsys):
     assert result["bits_per_byte"] == pytest.approx(
         checkpoint(config)["best"]["bits_per_byte"], rel=1e-5
     )
-    assert main([*scoring, "--device", "cpu"]) == 0
+    named = ["eval", "--model", *scoring[1:]]
+    assert main([*named, "--device", "cpu"]) == 0
     assert f"{result['perplexity']:.2f}" in capsys.readouterr().out
 
 
@@ -343,7 +344,7 @@ def test_commands_train_resume_and_score(config, text, tmp_path, capsys):
         (["train", "--steps", "0"], "steps is 0; it must be above 0"),
         (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml: no such recipe"),
         (["train", "--train-data", "/nowhere.txt", "--vocab-size", "300"], "/nowhere.txt: no such"),
-        (["eval", "/nowhere", "x.txt"], "/nowhere/config.json is missing"),
+        (["eval", "--model", "/nowhere", __file__], "/nowhere/config.json is missing"),
         (["eval", "/nowhere", "x.txt", "--dtype", "int8"], "--dtype is 'int8'"),
     ],
 )

@@ -16,11 +16,23 @@ from ..terminal import progress_bar
 
 
 def eval_command(
-    model: Annotated[Path, typer.Argument(help="Model directory: config.json, model.safetensors.")],
     text: Annotated[
         list[Path],
-        typer.Argument(help="Text files (.txt, .txt.xz, .txt.gz), or one .bin token file."),
+        typer.Argument(
+            metavar="FILE",
+            help="Text files (.txt, .txt.xz, .txt.gz), or one .bin token file; a directory before "
+            "them is --model.",
+            show_default=False,
+        ),
     ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Holds config.json, model.safetensors, tokenizer.json (default: "
+            "models/tlinformer-prose-8m).",
+        ),
+    ] = None,
     sequence_length: Annotated[
         int, typer.Option(min=1, help="Tokens in a chunk; a token sees only its own chunk.")
     ] = 1024,
@@ -51,6 +63,16 @@ def eval_command(
 
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype is {dtype!r}; it must be auto, bfloat16 or float32")
+    if model is None and text[0].is_dir():
+        model, *text = text
+    if not text:
+        raise ValueError(f"no text to score with {model}; name files after it")
+    for path in text:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is not here; name text files, and a model before them or with --model"
+            )
+    model = model or Path("models/tlinformer-prose-8m")
     place = resolve_device(device)
     loaded = load_model(str(model), dtype=torch.float32, device=place)
     vocabulary = load_tokenizer(tokenizer or model)
