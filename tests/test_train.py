@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def test_training_learns_and_keeps_the_best_weights(config, text):
     assert data.load_tokenizer(os.path.join(config.output, "best")).get_vocab_size() == 270
 
 
-def test_early_stopping_waits_for_patience(config):
+def test_early_stopping_waits_for_patience(config, capsys):
     config = replace(config, steps=60, eval_interval=1, patience=3, learning_rate=1e-12)
     config = replace(config, warmup_steps=0, model=MODEL | {"dropout": 0.0})
     losses = iter([3.0, 2.0, 2.5, 2.0, 2.1, 1.0])
@@ -172,6 +173,8 @@ def test_early_stopping_waits_for_patience(config):
         )
         summary = train(config)
     assert (summary["steps"], summary["best_step"], summary["valid_loss"]) == (5, 2, 2.0)
+    assert train(config, resume=True)["steps"] == 5
+    assert "finished at step 5: 3 scorings without improvement" in capsys.readouterr().out
 
 
 def test_schedule_warms_up_and_falls_to_zero(config):
@@ -294,7 +297,7 @@ def test_resuming_something_else_names_the_difference(config, text, tmp_path):
     train(config)
     with pytest.raises(FileExistsError, match="holds a run"):
         train(config)
-    with pytest.raises(ValueError, match=r"different learning_rate \(saved 0.003, now 0.1\)"):
+    with pytest.raises(ValueError, match=r"different learning_rate \(saved 0.003, now 0.1\);"):
         train(replace(config, learning_rate=0.1), resume=True)
     (tmp_path / "other.txt").write_text((text / "train.txt").read_text()[5:])
     with pytest.raises(ValueError, match="different train_data"):
@@ -322,7 +325,13 @@ def test_commands_train_resume_and_score(config, text, tmp_path, capsys):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert (saved["steps"], saved["model"]["dropout"], saved["batch_size"]) == (4, 0.1, 4)
     assert saved["model"]["history_window"] == "auto"
+    capsys.readouterr()
     assert main(["train", "--output", str(run), "--resume"]) == 0
+    out = capsys.readouterr().out
+    way = f"finished: the learning rate has fallen to 0 at step 4; .*--config {run}/config.yaml"
+    assert re.search(way, out) and "│ - " in out
+    longer = ["--config", f"{run}/config.yaml", "--steps", "5", "--output", f"{run}-longer"]
+    assert main(["train", *longer]) == 0
     capsys.readouterr()
     scoring = ["eval", str(run / "best"), str(text / "valid.txt"), "--sequence-length", "24"]
     assert main([*scoring, "--json", "--device", "cpu"]) == 0

@@ -162,7 +162,8 @@ class TrainConfig:
             if not f.metadata["free"] and saved.get(f.name) != mine[f.name]
         ]
         if changed:
-            raise ValueError(f"cannot resume with a different {', '.join(changed)}")
+            what = ", ".join(changed)
+            raise ValueError(f"cannot resume with a different {what}; begin another run (--output)")
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:

@@ -114,6 +114,19 @@ class _Run(TrainState):
         patience = self.config.patience
         return self.step >= self.steps or 0 < patience <= self.evaluations_since_best
 
+    def way_on(self) -> str:
+        """How to train on after the end."""
+        if self.step < self.steps:
+            return (
+                f"finished at step {self.step:,}: {self.evaluations_since_best} scorings without "
+                "improvement; a larger --patience goes on, 0 to the end"
+            )
+        return (
+            f"finished: the learning rate has fallen to 0 at step {self.step:,}; to train longer, "
+            f"begin another run: tlinformer train --config {self.output / 'config.yaml'} --steps N "
+            "--output DIR"
+        )
+
     def loop(self, progress: Progress) -> dict[str, Any]:
         config = self.config
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -140,6 +153,8 @@ class _Run(TrainState):
         loss_sum = torch.zeros((), device=self.device)
         self.model.train()
         done = self.finished()
+        if done:
+            self.say(self.way_on())
         with stop_signal() as stopped:
             while not done:
                 loss, norm = self.train_step()

@@ -118,11 +118,12 @@ def train_command(
     summary = train(TrainConfig.from_dict(settings), resume=resume, console=console)
     table = Table("best step", "validation perplexity", "bits per byte", "tokens/s", "weights")
     perplexity, bits = summary["valid_perplexity"], summary["valid_bits_per_byte"]
+    speed = summary["tokens_per_second"]
     table.add_row(
         f"{summary['best_step']:,} of {summary['steps']:,}",
         f"{perplexity:.2f}" if perplexity else "-",
         f"{bits:.4f}" if bits else "-",
-        f"{summary['tokens_per_second']:,.0f}",
+        f"{speed:,.0f}" if speed else "-",
         f"{summary['output']}/best",
     )
     console.print(table)
