@@ -26,6 +26,7 @@ from tlinformer.checkpoint import save
 from tlinformer.cli import generate as generating
 from tlinformer.cli import main
 from tlinformer.data import load_tokenizer, train_tokenizer
+from tlinformer.terminal import format_rate
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "models" / "tlinformer-prose-8m"
@@ -206,6 +207,10 @@ def test_plan_says_what_does_not_fit(tiny: Path, capsys: pytest.CaptureFixture[s
     assert "It does not fit: max_context = 107374182400" in out
     assert main(["plan", str(tiny), "--context", "100G", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_slow_rates_are_not_rounded_to_nothing() -> None:
+    assert [format_rate(rate) for rate in (1234.5, 9.96, 0.432)] == ["1,234", "10", "0.43"]
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,6 +492,8 @@ def test_a_saved_state_answers_other_prompts(
     assert (got["loaded_tokens"], got["prompt_tokens"]) == (len(read), len(asked))
     _, summary = generate(question, *options, "--max-new-tokens", 9, "--load-state", state)
     assert f"{len(read)} saved and {len(asked)} tokens in " in summary
+    _, summary = generate(*options, "--max-new-tokens", 1, "--load-state", state)
+    assert re.search(rf"prompt +{len(read)} saved tokens in \d+\.\d\d s\n", summary)
 
     state.write_bytes(state.read_bytes()[:-1])
     missing = tmp_path / "missing"

@@ -63,6 +63,11 @@ class Stopwatch:
             self._start += time.perf_counter() - began
 
 
+def format_rate(rate: float) -> str:
+    """'1,234' or '0.43': below 10, two digits of what would round to little or nothing."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def format_bytes(size: float) -> str:
     """'1.5 MiB': a size in the largest binary unit that it reaches, from KiB to PiB."""
     for unit in ("KiB", "MiB", "GiB", "TiB"):

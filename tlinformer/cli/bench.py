@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..terminal import format_rate
 from .inputs import AsJson, DeviceName, EngineDtype, Threads, check_threads, pick_device
 from .plan import parse_tokens
 
@@ -124,7 +125,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for stage in result["stages"]:
         rate = result["batch_size"] * stage["tokens"] / stage["seconds"]
         milliseconds = f"{stage['seconds'] * 1e3:,.2f}"
-        table.add_row(stage["stage"], f"{stage['tokens']:,}", milliseconds, f"{rate:,.0f}")
+        table.add_row(stage["stage"], f"{stage['tokens']:,}", milliseconds, format_rate(rate))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)

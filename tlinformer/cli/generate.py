@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..terminal import format_bytes
+from ..terminal import format_bytes, format_rate
 from .inputs import DeviceName, Threads, check_threads, file_errors, pick_device, read_prompt
 
 ECHO = 300  # characters of the prompt's end shown before its continuation
@@ -276,15 +276,18 @@ def _print_summary(s: dict[str, Any], console: Console) -> None:
     between, sliding = "", ""
     if s["slide_seconds"]:
         speed = s["new_tokens"] / max(s["decode_seconds"] - s["slide_seconds"], 1e-9)
-        between = f" ({speed:,.0f} between slides)"
+        between = f" ({format_rate(speed)} between slides)"
         sliding = f"; sliding took {s['slide_seconds']:.2f} s of the generation"
     ratio = s["standard_transformer_cache_bytes"] / s["cache_bytes"]
-    loaded = f"{s['loaded_tokens']:,} saved and " if s["loaded_tokens"] else ""
+    read, rate = f"{s['prompt_tokens']:,}", ""
+    if s["loaded_tokens"]:  # the time is mostly the file's: no rate
+        read = f"{s['loaded_tokens']:,} saved" + (f" and {read}" if s["prompt_tokens"] else "")
+    else:
+        rate = f", {format_rate(s['prefill_tokens_per_second'])} tokens/s"
     lines = {
-        "prompt": f"{loaded}{s['prompt_tokens']:,} tokens in {s['prefill_seconds']:.2f} s, "
-        f"{s['prefill_tokens_per_second']:,.0f} tokens/s",
+        "prompt": f"{read} tokens in {s['prefill_seconds']:.2f} s{rate}",
         "generated": f"{s['new_tokens']:,} tokens in {s['decode_seconds']:.2f} s, "
-        f"{s['decode_tokens_per_second']:,.0f} tokens/s{between}",
+        f"{format_rate(s['decode_tokens_per_second'])} tokens/s{between}",
         "cache": f"{s['hits']:,} hits, {s['slides']:,} slide{'s' * (s['slides'] != 1)}{sliding}",
         "memory": f"{format_bytes(s['cache_bytes'])} of keys and values; a Transformer's: "
         f"{format_bytes(s['standard_transformer_cache_bytes'])} ({ratio:.1f}x)",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import TLinFormerConfig
-from ..terminal import format_bytes
+from ..terminal import format_bytes, format_rate
 from .inputs import AsJson, Threads, check_threads, pick_device
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
@@ -200,12 +200,12 @@ def _show_prediction(p: dict[str, Any], result: dict[str, Any], console: Console
             table.add_row(words, *shown, event["bound"], f"{event['share']:.0%}")
     table.add_row("a token, amortised", f"{p['amortised_milliseconds']:,.3f}")
     console.print(table)
-    rate = result["batch_size"] * 1e3 / p["amortised_milliseconds"]
+    rate = format_rate(result["batch_size"] * 1e3 / p["amortised_milliseconds"])
     bandwidth, products = (p["ceilings"][f"{of}_per_second"] / 1e9 for of in ("bytes", "flops"))
     longest = max(p["probed_histories"])
     shares = [event["share"] for name in names if (event := p.get(name))]
     console.print(
-        f"{rate:,.0f} tokens/s. Times from runs of up to {longest:,} tokens on {result['device']}; "
+        f"{rate} tokens/s. Times from runs of up to {longest:,} tokens on {result['device']}; "
         f"ceilings measured there: reads {bandwidth:,.1f} GB/s, products {products:,.0f} GFLOP/s.",
         highlight=False,
         soft_wrap=True,
