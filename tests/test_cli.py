@@ -201,11 +201,12 @@ def test_plan_shows_the_planned_bytes(tiny: Path, capsys: pytest.CaptureFixture[
 
 
 def test_plan_says_what_does_not_fit(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(tiny), "--context", "100G"]) == 0
+    assert main(["plan", str(tiny), "--context", "100G"]) == 1
     out = capsys.readouterr().out
     assert "TiB" in out
+    assert "The longest context that fits: " in out
     assert "It does not fit: max_context = 107374182400" in out
-    assert main(["plan", str(tiny), "--context", "100G", "--json"]) == 0
+    assert main(["plan", str(tiny), "--context", "100G", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 

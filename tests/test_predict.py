@@ -137,7 +137,7 @@ def test_plan_measures_nothing_that_does_not_fit(
     (tmp_path / "config.json").write_text(json.dumps(make_config().to_dict()))
     monkeypatch.setattr("tlinformer.plan.available_memory", lambda device: 10**5)
     monkeypatch.setattr(predict, "measure_costs", lambda *a, **k: pytest.fail("measured"))
-    assert main(["plan", str(tmp_path), "--device", "cpu", "--json"]) == 0
+    assert main(["plan", str(tmp_path), "--device", "cpu", "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert (result["fits"], result["prediction"]) == (False, None)
     assert 0 < result["longest_context"] < result["context"]

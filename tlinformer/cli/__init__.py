@@ -1,6 +1,7 @@
 """The command line: `tlinformer COMMAND`; one module a command, which `app` puts together.
 
-Exit codes: 0 done, 1 failed at run time, 2 wrong usage or input, 130 interrupted.
+Exit codes: 0 done, 1 failed at run time or found a problem, 2 wrong usage or input,
+130 interrupted.
 """
 
 from __future__ import annotations

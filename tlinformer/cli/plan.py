@@ -80,6 +80,8 @@ def plan_command(
     and short histories, prompts, slides and tokens are timed on the device; their costs grow
     linearly with blocks and history. Beside them stands what the device's bandwidth and product
     rate, measured in the same minute, allow.
+
+    Exit code 1 if the context does not fit.
     """
     from ..plan import fit_device, weights_bytes
 
@@ -112,14 +114,19 @@ def plan_command(
         result["prediction"] = _predict(config, tokens, batch_size, dtype, device, threads)
     if as_json:
         print(json.dumps(result))
-        return
-    console = Console()
+    else:
+        _show(result, fit.refusal, Console())
+    if fit.refusal:
+        raise typer.Exit(1)
+
+
+def _show(result: dict[str, Any], refusal: str | None, console: Console) -> None:
     console.print(_memory_table(result))
     if result["longest_context"] is not None:
         text = f"The longest context that fits: {result['longest_context']:,} tokens."
         console.print(text, highlight=False)
-    if fit.refusal:
-        text = f"It does not fit: {fit.refusal}"
+    if refusal:
+        text = f"It does not fit: {refusal}"
         console.print(text, style="red", highlight=False, soft_wrap=True)
     if result["prediction"]:
         _show_prediction(result["prediction"], result, console)
