@@ -10,10 +10,7 @@ namespace tlinformer::cuda {
 
 constexpr int kDecodeWarps = 8;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kRingBytes = 152 * 1024;  // leaves room for blocks of the neighbouring kernels
 constexpr float kMinusInfinity = -INFINITY;
-
-constexpr int rows_of_tile(int head_dim) { return head_dim <= 64 ? 32 : 16; }
 
 // How the rows of D elements are dealt to lanes which attend with H query heads at once.
 template <int D, int H>
@@ -59,13 +56,9 @@ struct RowLayout {
   }
   static constexpr int kSums = sums_of_lane();
 
-  // Tiles of 2 to 4 KB keys and as many values; the copies begin on an even row where rows are
-  // not a multiple of 16 bytes.
-  static constexpr int kTile = rows_of_tile(D);
+  // Copies begin on an even row where rows are not a multiple of 16 bytes.
   static constexpr int kAligned = kRowBytes % 16 == 0 ? 1 : 2;
-  static constexpr int kTileBytes = ((kTile + kAligned - 1) * kRowBytes + 15) / 16 * 16;
-  static constexpr int kStages = kRingBytes / (kDecodeWarps * 2 * kTileBytes);
-  static_assert(kStages >= 2 && kOwn % kWide == 0 && kTile % kRows == 0);
+  static_assert(kOwn % kWide == 0);
 };
 
 template <class T>

@@ -107,6 +107,27 @@ __device__ inline uint32_t arrive(uint32_t* arrivals) {
   return before;
 }
 
+constexpr int kMostSequences = 256;  // of a launch
+constexpr int rows_of_tile(int head_dim) { return head_dim <= 64 ? 32 : 16; }
+
+// A block's ring, in stages of a tile of keys and one of values for each warp. With bulk copies it
+// leaves room for blocks of the neighbouring kernels; GPUs without have as little as 99 KiB a
+// block, of which the other variables take a part, and their tiles are half as long.
+template <int D, int H, bool kBulk>
+struct DecodeRing {
+  using Layout = RowLayout<D, H>;
+  static constexpr int kOthers =
+      kDecodeWarps * sizeof(PartialSoftmax<D, H>) + kMostSequences * sizeof(SequenceRows) + 4096;
+  static constexpr int kMost = kBulk ? 152 * 1024 : 99 * 1024 - kOthers;
+  static constexpr int kTile =
+      kBulk ? rows_of_tile(D) : std::max(rows_of_tile(D) / 2, Layout::kRows);
+  static constexpr int kTileBytes =
+      ((kTile + Layout::kAligned - 1) * Layout::kRowBytes + 15) / 16 * 16;
+  static constexpr int kStages = kMost / (kDecodeWarps * 2 * kTileBytes);
+  static constexpr int kBytes = kStages * kDecodeWarps * 2 * kTileBytes;
+  static_assert(kStages >= 2 && kTile % Layout::kRows == 0);
+};
+
 template <class T>
 struct TileRows {
   const T *keys, *values;
@@ -118,7 +139,8 @@ template <class T, int D, int H>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     tlin_decode_attention(DecodeAttention a, int passes, uint32_t* arrivals, float* partials) {
   using Layout = RowLayout<D, H>;
-  constexpr int kStages = Layout::kStages, kTileBytes = Layout::kTileBytes;
+  using Ring = DecodeRing<D, H, copies_in_bulk()>;
+  constexpr int kStages = Ring::kStages, kTileBytes = Ring::kTileBytes;
   constexpr int kWarps = kDecodeWarps, kThreads = kDecodeThreads;
   constexpr int kPartial = H * (D + kPartialExtra);
   extern __shared__ __align__(128) char memory[];
@@ -128,8 +150,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   __shared__ int finished[kThreads], finished_count;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char* const ring = memory + warp * (kStages * 2 * kTileBytes);
-  SequenceRows* const table =
-      reinterpret_cast<SequenceRows*>(memory + kWarps * kStages * 2 * kTileBytes);
+  SequenceRows* const table = reinterpret_cast<SequenceRows*>(memory + Ring::kBytes);
   // Query heads, and passes, of a key/value head.
   const int heads_each = H == 1 ? 1 : a.query_heads / a.kv_heads;
   const int passes_each = H == 1 ? 1 : passes / a.kv_heads;
@@ -195,11 +216,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   // while that still runs. If it proves wrong, all is done again.
 #pragma unroll 1
   for (bool checked = false;; checked = true) {
-    if (warp == 0) make_plan(a, passes, Layout::kTile, lane, table, &plan);
+    if (warp == 0) make_plan(a, passes, Ring::kTile, lane, table, &plan);
     __syncthreads();
     walk = ahead = plan.walk;
 #pragma unroll 1
-    for (tile = Layout::kRows; tile < Layout::kTile && tile * kWarps < plan.share;) tile *= 2;
+    for (tile = Layout::kRows; tile < Ring::kTile && tile * kWarps < plan.share;) tile *= 2;
     at = ahead_at = warp * tile;
 #pragma unroll 1
     while (room()) {
@@ -329,9 +350,9 @@ inline int blocks_for(const DecodeAttention& a) {
 template <class T, int D, int H>
 void launch_decode_attention(const DecodeAttention& a, uint32_t* arrivals, float* partials,
                              const Launch& how) {
-  using Layout = RowLayout<D, H>;
-  const size_t shared =
-      kDecodeWarps * Layout::kStages * 2 * Layout::kTileBytes + a.batch * sizeof(SequenceRows);
+  static const bool bulk = compiled_for(tlin_decode_attention<T, D, H>, 90);
+  const int ring = bulk ? DecodeRing<D, H, true>::kBytes : DecodeRing<D, H, false>::kBytes;
+  const size_t shared = ring + a.batch * sizeof(SequenceRows);
   launch(how, tlin_decode_attention<T, D, H>, "decode attention", dim3(blocks_for(a)),
          dim3(kDecodeThreads), shared, a, a.kv_heads * passes_of_head(a), arrivals, partials);
 }

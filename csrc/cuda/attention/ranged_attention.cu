@@ -9,15 +9,10 @@ namespace {
 constexpr int kRows = kRangedThreads;  // 32 a warp
 constexpr int ranged_blocks(int d) { return d <= 40 ? 3 : 2; }
 
-// The window's output, kept while the context streams: each thread its own.
-template <int d>
-constexpr int kSavedBytes = kRows * PrefillTile<d>::kChunks * 8 * 4;
-
 template <class T, int d>
 __global__ void __launch_bounds__(kRangedThreads, ranged_blocks(d))
     tlin_ranged_attention(const __grid_constant__ RangedPlan p) {
   using Tile = RangedTile<d>;
-  constexpr int kChunks = PrefillTile<d>::kChunks;
   extern __shared__ __align__(16) unsigned char shared[];
   const RangedAttention& a = p.call;
   const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -46,27 +41,18 @@ __global__ void __launch_bounds__(kRangedThreads, ranged_blocks(d))
   RowDropout dropout;
   dropout.threshold = p.threshold;
   float* log_sum_exp = a.log_sum_exp;
-  float* saved = reinterpret_cast<float*>(shared + Tile::kBytes) + threadIdx.x;
-  const auto each_value = [&](const auto& f) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          f(warp.output[r][c][i], saved[((r * kChunks + c) * 4 + i) * kRangedThreads]);
-        }
-  };
-  const auto write = [&](const HeadTensor& to, int head) {
-    T* first = rows_of<T>(to, batch, head, output_row);
+  // f(a place in a tensor, two values that belong there)
+  const auto each_pair = [&](const HeadTensor& tensor, int head, const auto& f) {
+    T* first = rows_of<T>(tensor, batch, head, output_row);
     warp.each_row([&](int r, int h, int i) {
       if (i >= rows) return;
       warp.each_column([&](int c, int column) {
-        *reinterpret_cast<uint32_t*>(first + i * to.row_stride + column) =
-            pack<T>(warp.output[r][c][2 * h], warp.output[r][c][2 * h + 1]);
+        f(*reinterpret_cast<uint32_t*>(first + i * tensor.row_stride + column),
+          warp.output[r][c][2 * h], warp.output[r][c][2 * h + 1]);
       });
     });
   };
+  const auto write = [](uint32_t& to, float low, float high) { to = pack<T>(low, high); };
 
   const bool has_window = segment.window >= 0, has_context = segment.context_rows > 0;
   warp.clear();
@@ -107,18 +93,19 @@ __global__ void __launch_bounds__(kRangedThreads, ranged_blocks(d))
       });
     }
     if (!(has_window && has_context)) continue;
-    write(a.terms, g * a.query_heads + head);
-    if (g == 0) {
-      each_value([](float& x, float& kept) { kept = x; });
-    } else {
-      each_value([](float& x, float& kept) { x += kept; });
-    }
+    each_pair(a.terms, g * a.query_heads + head, write);
+    if (g == 0) continue;
+    each_pair(a.terms, head, [](uint32_t& window, float& low, float& high) {  // its own, as stored
+      const float2 term = unpack<T>(window);
+      low += term.x;
+      high += term.y;
+    });
   }
-  write(a.output, head);
+  each_pair(a.output, head, write);
 }
 
 template <class T>
-void launch_forward(const RangedPlan& plan, bool both, const Launch& how) {
+void launch_forward(const RangedPlan& plan, const Launch& how) {
   const RangedAttention& a = plan.call;
   int tiles = 0;
   for (int s = 0; s < a.segment_count; ++s) tiles += (plan.segments[s].rows - 1) / kRows + 1;
@@ -126,7 +113,7 @@ void launch_forward(const RangedPlan& plan, bool both, const Launch& how) {
 #define TLINFORMER_LAUNCH(d)                                                                       \
   if (a.head_dim == d)                                                                             \
     return launch(how, tlin_ranged_attention<T, d>, "tlin_ranged_attention", grid, kRangedThreads, \
-                  RangedTile<d>::kBytes + (both ? kSavedBytes<d> : 0), plan);
+                  RangedTile<d>::kBytes, plan);
   TLINFORMER_HEAD_SIZES(TLINFORMER_LAUNCH)
 #undef TLINFORMER_LAUNCH
 }
@@ -177,10 +164,7 @@ void ranged_attention(const RangedAttention& a, const Launch& how) {
   if (a.batch == 0 || a.query_heads == 0 || plan.call.segment_count == 0) return;
   plan.factor = std::max(std::fabs(plan.factor), FLT_MIN);  // 0 would make NaN of masks
   plan.sign = a.scale < 0 ? 0x80008000u : 0;
-  bool both = false;
-  for (const Segment& s : plan.segments) both |= s.rows > 0 && s.window >= 0 && s.context_rows > 0;
-  with_type(a.dtype,
-            [&](auto tag) { launch_forward<typename decltype(tag)::type>(plan, both, how); });
+  with_type(a.dtype, [&](auto tag) { launch_forward<typename decltype(tag)::type>(plan, how); });
 }
 
 }  // namespace tlinformer::cuda

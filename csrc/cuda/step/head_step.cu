@@ -123,7 +123,7 @@ void head_step(const HeadStep& p, const Launch& how) {
              shared, p);
     };
     // As many at once as leave room for two blocks, of few kilobytes a row.
-    constexpr int kRoom = 100 * 1024;
+    constexpr int kRoom = 96 * 1024;
     const int fit =
         kRoom / (ceil_div(p.hidden_size, kSlice) * 32 * static_cast<int>(sizeof(uint4)));
     if (p.batch <= 8 || fit < 2) return with(std::integral_constant<int, 1>{});
