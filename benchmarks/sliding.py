@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention import FastestAttention, Way, flex
 from sizes import transformer_flops
 from static import PIECE, StaticTransformer
 from torch import Tensor
@@ -18,6 +20,10 @@ class SlidingWindow(StaticTransformer):
     """The Transformer whose layers see the last rows only, as many as TLinFormer's two windows."""
 
     label = "sliding window"
+
+    def __init__(self, model: Any, max_context: int, batch: int) -> None:
+        super().__init__(model, max_context, batch)
+        self.band = BandAttention(self.attention.scale, self.device, self.window(self.config))
 
     @classmethod
     def regions(cls, config: TLinFormerConfig, context: int) -> dict[Any, int]:
@@ -43,49 +49,78 @@ class SlidingWindow(StaticTransformer):
         return self.length % window, min(self.length + 1, window)
 
     def attend_all(self, i: int, layer: Layer, x: Tensor) -> Tensor:
-        """Blocks of a window's rows look at themselves and at the block before them."""
         window = self.window(self.config)
-        row = torch.arange(window, device=self.device)
-        behind = row[:, None] + window - torch.arange(2 * window, device=self.device)
-        band = (behind >= 0) & (behind < window)
         outputs, before = [], None
         for a, b in self.pieces(0, self.length, max(window, PIECE // window * window)):
             projected = self.verb(Layer.project, layer, x[:, a:b], self.rope(a, b))
-            q, k, v = (_blocks(t.transpose(1, 2), window) for t in projected)
-            blocks = q.size(2)
-            mask = band.repeat(x.size(0), blocks, 1, 1)
-            if before is None:
-                mask[:, 0, :, :window] = False
-                before = torch.zeros_like(k[:, :, :1]), torch.zeros_like(v[:, :, :1])
-            # Two blocks of keys for each block of queries: (B, Hkv, blocks, 2 window, d).
-            keys, values = (
-                torch.cat([torch.cat([old, new[:, :, :-1]], 2), new], 3)
-                for old, new in zip(before, (k, v), strict=True)
-            )
-            before = k[:, :, -1:], v[:, :, -1:]
-            groups = q.size(1) // k.size(1)
-            wide = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (keys, values))
-            o = F.scaled_dot_product_attention(
-                *(t.transpose(1, 2).flatten(0, 1) for t in (q, *wide)),
-                mask.flatten(0, 1)[:, None],
-                scale=self.config.head_dim**-0.5,
-            )
-            o = o.unflatten(0, (x.size(0), blocks)).transpose(1, 2).flatten(2, 3)
-            outputs.append(o[:, :, : b - a])
-            if b == self.length:
-                last, end = min(window, b), 2 * window + (b - a) - blocks * window
-                slots = torch.arange(b - last, b, device=self.device) % window
-                for which, rows in enumerate((keys, values)):
-                    self.cache[i][which, :, :, slots] = rows[:, :, -1, end - last : end]
+            q, k, v = (F.pad(t.transpose(1, 2), (0, -t.size(-1) % 8)) for t in projected)
+            if before is not None:
+                k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
+            outputs.append(self.band(q, k, v, before is None))
+            before = k[:, :, -window:], v[:, :, -window:]
+        last = min(window, self.length)
+        slots = torch.arange(self.length - last, self.length, device=self.device) % window
+        for which, rows in enumerate(before or ()):
+            self.cache[i][which, :, :, slots] = rows[:, :, -last:]
         return torch.cat(outputs, 2)
 
+    def detail(self) -> dict[str, Any]:
+        return super().detail() | {"prompt_attention": self.band.names()}
 
-def _blocks(x: Tensor, window: int) -> Tensor:
-    """(B, H, rows, d) -> (B, H, blocks, window, padded d), zeros in between and at the end."""
-    blocks = -(-x.size(2) // window)
-    return F.pad(x, (0, -x.size(3) % 8, 0, blocks * window - x.size(2))).unflatten(
-        2, (blocks, window)
-    )
+
+class BandAttention(FastestAttention):
+    """The fastest attention in which a row sees itself and the window - 1 rows before it.
+
+    Keys and values begin a window of rows before the queries, or with them.
+    """
+
+    def __init__(self, scale: float, device: torch.device, window: int) -> None:
+        super().__init__(scale, device)
+        self.window = window
+
+    def ways(self, rows: int, head_dim: int, causal: bool) -> dict[str, Way]:
+        found: dict[str, Way] = {"blocks": partial(in_blocks, self.window, self.scale)}
+        if self.device.type == "cuda":
+            found["flex_attention"] = partial(flex_band, self.window, self.scale)
+        return found
+
+
+def in_blocks(window: int, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Blocks of a window's rows look at themselves and at the block before them."""
+    rows, blocks = q.size(2), -(-q.size(2) // window)
+    before, behind = window - (k.size(2) - rows), blocks * window - rows
+
+    def pairs(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, before, behind)).unflatten(2, (blocks + 1, window))
+        x = torch.cat([x[:, :, :-1], x[:, :, 1:]], 3)
+        return x.repeat_interleave(q.size(1) // x.size(1), 1)
+
+    row = torch.arange(window, device=q.device)
+    distance = row[:, None] + window - torch.arange(2 * window, device=q.device)
+    mask = ((distance >= 0) & (distance < window)).repeat(q.size(0), blocks, 1, 1)
+    mask[:, 0, :, :before] = False
+    own = F.pad(q, (0, 0, 0, behind)).unflatten(2, (blocks, window))
+    own, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (own, pairs(k), pairs(v)))
+    mask = mask.flatten(0, 1)[:, None]
+    o = F.scaled_dot_product_attention(own, keys, values, mask, scale=scale)
+    return o.unflatten(0, (q.size(0), blocks)).transpose(1, 2).flatten(2, 3)[:, :, :rows]
+
+
+@cache
+def band_mask(window: int, rows: int, keys: int, device: torch.device) -> Any:
+    """FlexAttention's list of the blocks that are not all masked."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        distance = row + (keys - rows) - key
+        return (distance >= 0) & (distance < window)
+
+    return create_block_mask(sees, None, None, rows, keys, device=device)
+
+
+def flex_band(window: int, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = band_mask(window, q.size(2), k.size(2), q.device)
+    return flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def _masked(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

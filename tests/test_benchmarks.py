@@ -276,6 +276,23 @@ def test_the_fastest_right_attention_is_picked(monkeypatch: pytest.MonkeyPatch) 
     assert choose.names() == {"1 x 1+": "right"}
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (70, 70), (130, 194), (256, 320)])
+def test_both_ways_of_a_band_see_the_same(
+    rows: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    sliding = importlib.import_module("sliding")
+    monkeypatch.setattr(sliding, "flex", lambda: flex_attention)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, rows), (2, keys), (2, keys)))
+    distance = torch.arange(rows)[:, None] + (keys - rows) - torch.arange(keys)
+    mask = (distance >= 0) & (distance < 64)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    for way in (sliding.in_blocks, sliding.flex_band):
+        torch.testing.assert_close(way(64, 0.3, q, k, v), expected, atol=1e-5, rtol=1e-5)
+
+
 class Paged:
     """What FlashInfer's wrapper computes, of the pages that it is told."""
 
