@@ -156,10 +156,11 @@ void prefill_attention(const PrefillAttention& a, const Launch& how) {
   plan.sign = a.scale < 0 ? 0x80008000u : 0;
   split(plan);
   const bool is_split = plan.parts[0] + plan.parts[1] > 0;
+  const bool both = !is_split && a.groups[0].count > 0 && a.groups[1].count > 0;
   with_type(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (!is_split && launch_resident<T>(plan, how)) return;
-    launch_prefill<T>(plan, how);
+    launch_prefill<T>(plan, both, how);
     if (!is_split) return;
     const int64_t threads = a.batch * a.query_heads * a.rows * (a.head_dim / 4);
     const auto blocks = static_cast<unsigned>((threads - 1) / kCombineThreads + 1);

@@ -42,6 +42,7 @@ struct PrefillTile {
   static constexpr int kKeys = prefill_keys(d);
   static constexpr int kStageBytes = 2 * kKeys * kStride * 2;
   static constexpr int kBytes = kStages * kStageBytes;
+  static constexpr int kSavedBytes = kRows * kChunks * 8 * 4;
   // The values' padding has room for a column of ones, whose product is the softmax's sum.
   static constexpr bool kColumnOfOnes = d % 8 != 0;
 };
@@ -486,29 +487,44 @@ __global__ void __launch_bounds__(PrefillTile<d>::kThreads, prefill_blocks(d))
         log_sum_exp[at.index + i] = partial ? exponent : exponent * kLn2;
       });
     }
-    if (!partial && a.groups[g].count == 0 && a.groups[1 - g].count > 0) continue;
-    const bool second = g == 1 && a.groups[0].count > 0;  // adds to what this thread has written
-    warp.each_row([&](int r, int h, int i) {
-      if (i >= at.rows) return;
-      warp.each_column([&](int c, int column) {
-        const float low = warp.output[r][c][2 * h], high = warp.output[r][c][2 * h + 1];
-        if (partial) {
-          float* to = p.partial_output + (at.part * at.count + at.index + i) * d + column;
-          *reinterpret_cast<float2*>(to) = {low, high};
-        } else {
-          T* place = at.template rows_of<T>(a.output) + i * a.output.row_stride + column;
-          uint32_t* to = reinterpret_cast<uint32_t*>(place);
-          const float2 first = unpack<T>(second ? *to : 0u);
-          *to = pack<T>(first.x + low, first.y + high);
-        }
-      });
-    });
     if (partial) break;
+    if (a.groups[0].count == 0 || a.groups[1].count == 0) continue;
+    float* saved = reinterpret_cast<float*>(shared + Tile::kBytes) + threadIdx.x;
+    warp.each_row([&](int r, int h, int) {  // every thread keeps its own
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; ++c) {
+#pragma unroll
+        for (int i = 2 * h; i < 2 * h + 2; ++i) {
+          float& x = saved[((r * Tile::kChunks + c) * 4 + i) * Tile::kThreads];
+          if (g == 0) {
+            x = warp.output[r][c][i];
+          } else {
+            warp.output[r][c][i] += x;
+          }
+        }
+      }
+    });
   }
+
+  const Place<d> at(a);
+  warp.each_row([&](int r, int h, int i) {
+    if (i >= at.rows) return;
+    warp.each_column([&](int c, int column) {
+      const float low = warp.output[r][c][2 * h], high = warp.output[r][c][2 * h + 1];
+      if (partial) {
+        float* to = p.partial_output + (at.part * at.count + at.index + i) * d + column;
+        *reinterpret_cast<float2*>(to) = {low, high};
+      } else {
+        T* to = at.template rows_of<T>(a.output) + i * a.output.row_stride + column;
+        *reinterpret_cast<uint32_t*>(to) = pack<T>(low, high);
+      }
+    });
+  });
 }
 
+// Launches the kernel; with `both`, a block reads two groups that have keys.
 template <class T>
-void launch_prefill(const PrefillPlan& plan, const Launch& how) {
+void launch_prefill(const PrefillPlan& plan, bool both, const Launch& how) {
   const PrefillAttention& a = plan.call;
   const auto launch_for = [&](auto size) {
     constexpr int d = decltype(size)::value;
@@ -518,7 +534,7 @@ void launch_prefill(const PrefillPlan& plan, const Launch& how) {
     const dim3 grid(static_cast<unsigned>(tiles), a.query_heads,
                     static_cast<unsigned>(a.batch * (parts > 0 ? parts : 1)));
     launch(how, tlin_prefill_attention<T, d>, "tlin_prefill_attention", grid, Tile::kThreads,
-           Tile::kBytes, plan);
+           Tile::kBytes + (both ? Tile::kSavedBytes : 0), plan);
   };
 #define TLINFORMER_LAUNCH(size) \
   if (a.head_dim == size) return launch_for(std::integral_constant<int, size>{});

@@ -225,10 +225,12 @@ WindowGrid window_grid(const DecodeAttention& a) {
          rows > grid.blocks * kWindowWarps * kEight) {
     grid.blocks *= 2;
   }
+  constexpr int kOthers = 2 * 1024;  // that is not dynamic
+  const int room = std::min(160 * 1024, shared_memory_of_block() - kOthers);
   const auto fits = [&] {
     const int tiles = Places::tiles_of(rows, grid.blocks);
     grid.tiles = (tiles + kWindowWarps - 1) / kWindowWarps * kWindowWarps;
-    return Places(grid.tiles, 1, grid.blocks).end <= 160 * 1024;
+    return Places(grid.tiles, 1, grid.blocks).end <= room;
   };
   while (grid.blocks < most && !fits()) grid.blocks *= 2;
   return fits() ? grid : WindowGrid{};

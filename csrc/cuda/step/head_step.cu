@@ -112,6 +112,7 @@ int head_candidates(int vocab_size) {
 void head_step(const HeadStep& p, const Launch& how) {
   const int blocks = head_candidates(p.vocab_size);
   if (p.batch == 1 ? head_row(p, blocks, how) : head_few(p, blocks, how)) return;
+  require(p.parts.count == 0, "this head does not add the parts that an MLP leaves");
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto with = [&](auto groups) {
