@@ -52,7 +52,10 @@ class FastestAttention:
 
     def names(self) -> dict[str, str]:
         """What was picked for how many rows and, as a power of two, keys."""
-        return {f"{r} x {2**n // 2}+": name for (r, n, _), (name, _) in self.picked.items()}
+        return {
+            f"{rows} x {2**bits // 2}+" + ", causal" * causal: name
+            for (rows, bits, causal), (name, _) in self.picked.items()
+        }
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         shape = (q.size(2), k.size(2).bit_length(), causal)

@@ -19,7 +19,7 @@ EXPLAINED: dict[str, str] = {
     "tlin_prefill_attention": "values kept across the loop over keys: stored before, read after it",
     "tlin_resident_attention": "places kept across the loop over keys",
     "tlin_ranged_attention Li96E": "values kept across the loop over keys",
-    "tlin_ranged_attention Li128E": "32 rows of 128 fill the registers: 8 words beside 128 mma",
+    "tlin_ranged_attention Li128E": "32 rows of 128 fill the registers: some words beside 128 mma",
     "tlin_batch_attention HeadsE1": "a word, read once: other blocks have most of the registers",
     "tlin_sample_step": "sorting keys of the general path; greedy tokens never come there",
 }

@@ -59,8 +59,11 @@ def test_peers_compute_what_their_models_do(
 
 @pytest.mark.parametrize("peer", ["transformer", "tlinformer-pytorch", "sliding-window"])
 @pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (30, 1), (97, 1), (200, 2)])
-def test_static_peers_with_batches_and_shared_heads(peer: str, length: int, kv_heads: int) -> None:
+def test_static_peers_with_batches_and_shared_heads(
+    peer: str, length: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes, points = map(importlib.import_module, ("sizes", "points"))
+    monkeypatch.setattr(importlib.import_module("sliding"), "PIECE", 64)  # prompts of several
     config = sizes.TLinFormerConfig(
         **sizes.SIZES["tiny"], num_blocks=3, block_depth=3, num_key_value_heads=kv_heads
     )

@@ -1,7 +1,7 @@
 // The engine on a GPU against the engine on the CPU, and against itself. With the argument `bench`
 // it prints what a token, a prefill and a slide cost instead; with `bench <history> <batch>` what a
 // token of a batch costs, and each kind of its kernels. `small` and `large` are two parts of the
-// test; a sanitizer ends with the first.
+// test; sanitizers have time for the first.
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -413,6 +413,7 @@ int main(int argc, char** argv) {
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const std::string part = argc > 1 ? argv[1] : "";
+  CHECK(part.empty() || part == "small" || part == "large");
   if (part != "large") test_small();
   if (part != "small") test_large();
   std::puts("ok");

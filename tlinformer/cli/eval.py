@@ -26,13 +26,9 @@ def eval_command(
         ),
     ],
     model: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Holds config.json, model.safetensors, tokenizer.json (default: "
-            "models/tlinformer-prose-8m).",
-        ),
-    ] = None,
+        Path,
+        typer.Option(metavar="DIR", help="Holds config.json, model.safetensors, tokenizer.json."),
+    ] = Path("models/tlinformer-prose-8m"),
     sequence_length: Annotated[
         int, typer.Option(min=1, help="Tokens in a chunk; a token sees only its own chunk.")
     ] = 1024,
@@ -63,16 +59,13 @@ def eval_command(
 
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"--dtype is {dtype!r}; it must be auto, bfloat16 or float32")
-    if model is None and text[0].is_dir():
+    if len(text) > 1 and text[0].is_dir():
         model, *text = text
-    if not text:
-        raise ValueError(f"no text to score with {model}; name files after it")
     for path in text:
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is not here; name text files, and a model before them or with --model"
+                f"{path} is no file; name text files, and a model before them or with --model"
             )
-    model = model or Path("models/tlinformer-prose-8m")
     place = resolve_device(device)
     loaded = load_model(str(model), dtype=torch.float32, device=place)
     vocabulary = load_tokenizer(tokenizer or model)

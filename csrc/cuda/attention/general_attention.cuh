@@ -350,7 +350,7 @@ inline int blocks_for(const DecodeAttention& a) {
 template <class T, int D, int H>
 void launch_decode_attention(const DecodeAttention& a, uint32_t* arrivals, float* partials,
                              const Launch& how) {
-  static const bool bulk = compiled_for(tlin_decode_attention<T, D, H>, 90);
+  const bool bulk = compiled_for(tlin_decode_attention<T, D, H>, 90);
   const int ring = bulk ? DecodeRing<D, H, true>::kBytes : DecodeRing<D, H, false>::kBytes;
   const size_t shared = ring + a.batch * sizeof(SequenceRows);
   launch(how, tlin_decode_attention<T, D, H>, "decode attention", dim3(blocks_for(a)),

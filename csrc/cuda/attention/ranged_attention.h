@@ -29,9 +29,10 @@ struct RangedAttention {
   HeadTensor keys[2]{}, values[2]{};  // of the window, of the context; one tensor can be both
   const Segment* segments = nullptr;  // on the host
   int segment_count = 0;
-  // What the gradient needs. (batch, 2 Hq, output rows, d): all heads' terms of the output from the
-  // window, then those from the context; null if no segment reads both. (Their sum lacks what it
-  // lost of a term: gradients that cancel, as of a row which sees one key, would be wrong by that.)
+  // What the gradient needs; output is the window's term, as stored here, plus the context's.
+  // (batch, 2 Hq, output rows, d): all heads' terms of the output from the window, then those from
+  // the context; null if no segment reads both. (Their sum lacks what it lost of a term: gradients
+  // that cancel, as of a row which sees one key, would be wrong by that.)
   // (2, batch, Hq, output rows) float32: log-sum-exp to base 2.
   HeadTensor terms{};
   float* log_sum_exp = nullptr;

@@ -225,7 +225,7 @@ WindowGrid window_grid(const DecodeAttention& a) {
          rows > grid.blocks * kWindowWarps * kEight) {
     grid.blocks *= 2;
   }
-  constexpr int kOthers = 2 * 1024;  // that is not dynamic
+  constexpr int kOthers = kWindowWarps * d * 4 + 512;  // that is not dynamic
   const int room = std::min(160 * 1024, shared_memory_of_block() - kOthers);
   const auto fits = [&] {
     const int tiles = Places::tiles_of(rows, grid.blocks);

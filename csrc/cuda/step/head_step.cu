@@ -112,7 +112,8 @@ int head_candidates(int vocab_size) {
 void head_step(const HeadStep& p, const Launch& how) {
   const int blocks = head_candidates(p.vocab_size);
   if (p.batch == 1 ? head_row(p, blocks, how) : head_few(p, blocks, how)) return;
-  require(p.parts.count == 0, "this head does not add the parts that an MLP leaves");
+  require(p.parts.count == 0, "head_step adds no parts of an MLP here (there are ", p.parts.count,
+          "); head_row does, in code for compute capability 9.0");
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto with = [&](auto groups) {
@@ -124,7 +125,7 @@ void head_step(const HeadStep& p, const Launch& how) {
              shared, p);
     };
     // As many at once as leave room for two blocks, of few kilobytes a row.
-    constexpr int kRoom = 96 * 1024;
+    constexpr int kRoom = 95 * 1024;
     const int fit =
         kRoom / (ceil_div(p.hidden_size, kSlice) * 32 * static_cast<int>(sizeof(uint4)));
     if (p.batch <= 8 || fit < 2) return with(std::integral_constant<int, 1>{});

@@ -309,13 +309,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
 #endif
 }
 
-struct BiasAndSum {
-  int bias;  // of two outputs
-  float x;
-};
 struct AddNeeds {
   int live;
-  BiasAndSum first;  // of the thread's outputs
+  float x;  // of the thread's first output
 };
 
 template <class T, int V>
@@ -324,13 +320,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
 #if __CUDA_ARCH__ >= 900
   let_next_start();
   const Share share(p.outputs, 1);
-  const auto fetch = [&](int i) {
-    const unsigned output = share.begin + i;
-    const bool wanted = i < share.count;
-    const int* const pair = static_cast<const int*>(p.bias) + output / 2;
-    const int* const x = reinterpret_cast<const int*>(p.x) + output;
-    return BiasAndSum{load_now(pair, wanted && p.bias != nullptr),
-                      __int_as_float(load_now(x, wanted))};
+  const auto x_before = [&](int i) {
+    const float* const from = p.x + share.begin + i;
+    return __int_as_float(load_now(reinterpret_cast<const int*>(from), i < share.count));
   };
   wide_product<T, 1, V>(
       {p.weight}, p.inputs, share,
@@ -338,15 +330,16 @@ __global__ void __launch_bounds__(kThreads + 32, 1)
         wait_for_previous();
         x.load(static_cast<const T*>(p.input), p.inputs);
         const bool finishes = static_cast<int>(threadIdx.x) < share.count;
-        return AddNeeds{load_now(&p.state->live, finishes), fetch(threadIdx.x)};
+        return AddNeeds{load_now(&p.state->live, finishes), x_before(threadIdx.x)};
       },
       [&](const WarpSums* sums, const AddNeeds& needed) {
         if (needed.live == 0) return;
-        BiasAndSum own = needed.first;
-        for (int i = threadIdx.x; i < share.count; own = fetch(i += kThreads)) {
+        float x = needed.x;
+        for (int i = threadIdx.x; i < share.count; x = x_before(i += kThreads)) {
           const int output = share.begin + i;
-          const float2 pair = unpack<T>(static_cast<uint32_t>(own.bias));
-          p.x[output] = own.x + (sum_of(sums[i]) + (output % 2 == 0 ? pair.x : pair.y));
+          float bias = 0;
+          if (p.bias != nullptr) bias = to_float(static_cast<const T*>(p.bias)[output]);
+          p.x[output] = x + (sum_of(sums[i]) + bias);
         }
       });
 #endif
