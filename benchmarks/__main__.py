@@ -39,10 +39,15 @@ PROMPTS = {"cuda": [2**10, 2**14, 2**17, 2**19, 2**20], "cpu": [2**10, 2**12, 2*
 BATCHES = {"cuda": ([1, 4, 16, 64], [2**10, 2**15]), "cpu": ([1, 4], [2**10])}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Default values where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def options(suite: str, peers: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"benchmarks {suite}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=f"tlinformer bench {suite}", formatter_class=Help)
     add = parser.add_argument
     add("--sizes", nargs="+", choices=SIZES, default=["41m"], help="models")
     add("--peers", nargs="+", choices=peers, help="what is measured (default: all)")

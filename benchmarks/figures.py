@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 from measure import RESULTS
 from rows import LABELS, ORDER, line, rows
-from sizes import config_of
+from sizes import config_of, weight_count
 
 COLOURS = dict(zip(ORDER, plt.get_cmap("tab10").colors, strict=False))
 ENGINE = "engine"
@@ -132,6 +132,7 @@ def paper_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
 
 
 OFFSET = {"textcoords": "offset points", "fontsize": 8}
+PROMPT = "tokens of the prompt"
 
 
 def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None:
@@ -151,13 +152,15 @@ def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None
         }
         lines = {p: values for p, values in lines.items() if len(values) > 1}
         draw(axes, lines, title, unit)
+        if suite == "prefill":
+            axes.set_xlabel(PROMPT)
         times = over(lines["transformer"], lines[ENGINE])
         if times:  # how much the Transformer needs more, where both end
             last = max(times)
             low, high = lines[ENGINE][last], lines["transformer"][last]
             axes.vlines(last, low, high, color="black", linestyles=":", linewidth=0.8)
             axes.annotate(
-                f"Transformer: {times[last]:.3g}x",
+                f"{times[last]:.3g}x",
                 (last, low**0.62 * high**0.38),  # below the middle, where others may be
                 (-3, 0),
                 ha="right",
@@ -165,7 +168,9 @@ def overview(size: str, device: str, path: Path, folder: Path = RESULTS) -> None
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
                 **OFFSET,
             )
-    title = f"{title_of(size, device, folder)}, batch 1, logarithmic"
+    title = (
+        f"{title_of(size, device, folder)}, batch 1, logarithmic; dotted: Transformer over engine"
+    )
     finish(figure, all_axes, title, path)
 
 
@@ -199,6 +204,8 @@ def peers_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
         draw(axes, lines, title, unit, log=unit != "%")
         if unit == "tokens a second":
             axes.set_xlabel("sequences")
+        if "prompt" in title:
+            axes.set_xlabel(PROMPT)
     finish(figure, all_axes.flat, title_of(size, device, folder), path)
 
 
@@ -246,7 +253,9 @@ def dtype_of(device: str) -> str:
 def title_of(size: str, device: str, folder: Path) -> str:
     run = rows("decode", device, folder, size=size)[-1]["run"]
     where = run.get("gpu") or f"{run['threads']} CPU cores"
-    model = "512 wide, heads of 64" if size == "d512" else f"{size.upper()} parameters"
+    config = config_of(size)
+    millions = f"{weight_count(config) / 1e6:.0f}M" if size == "d512" else size.upper()
+    model = f"{millions} parameters" + f", heads of {config.head_dim}" * (size == "d512")
     return f"{model}, {dtype_of(device)}, one {where}".replace("one 2", "2")
 
 

@@ -13,6 +13,10 @@ from peers import EnginePeer
 from rows import LABELS, ORDER, line, rows, sizes_of, why_not
 from sizes import config_of, slide_flops
 
+ABOUT = {
+    "paper-figure-9": "The paper's Figure 9",
+    "peers": "Prompts, shares of the limits, batches and energy",
+}
 IMAGES = Path(__file__).resolve().parent.parent / "docs/images"
 
 
@@ -32,7 +36,8 @@ def section(size: str, device: str, folder: Path, images: Path) -> list[str]:
     for name, picture in figures.PICTURES.items() if many else ():
         path = images / f"{name}-{size}-{device}.png"
         picture(size, device, path, folder)
-        lines += [f"![{name}, {size}, {device}](images/{path.name})", ""]
+        title = figures.title_of(size, device, folder)
+        lines += [f"![{ABOUT[name]}: {title}](images/{path.name})", ""]
     tables = (
         ("decode", "ms", "A token between two slides, ms, by tokens of history:"),
         ("prefill", "ms", "A prompt, ms, by its tokens:"),
@@ -44,7 +49,7 @@ def section(size: str, device: str, folder: Path, images: Path) -> list[str]:
             lines += [words, "", *found, ""]
     for history in sorted({r["history"] for r in rows("batch", device, folder, size=size)}):
         found = matrix("batch", "tokens_per_second", size, device, folder, history=history)
-        words = f"Tokens a second after {history:,} tokens each, by sequences at once:"
+        words = f"Tokens a second between two slides, after {history:,} tokens each, by sequences:"
         lines += [words, "", *found, ""] if found else []
     if found := longest(size, device, folder):
         lines += ["The longest context of one sequence that fits:", "", *found, ""]
@@ -80,7 +85,7 @@ def matrix(suite: str, field: str, size: str, device: str, folder: Path, **where
             else ""
             for c in columns
         ]
-        if own:
+        if any("not_installed" not in r for r in own.values()):
             out.append(f"| {LABELS[peer]} | {' | '.join(cells)} |".replace("|  |", "| |"))
     return out
 
@@ -163,6 +168,8 @@ def reasons(size: str, device: str, folder: Path) -> list[str]:
             for kind in ("skipped", "failed", "not_installed"):
                 if kind in r:
                     words = f"{kind.replace('_', ' ')}: {r[kind]}"
-                    said[f"- {LABELS[r['peer']]}, {suite}: {words}"] = None
+                    at = "" if kind == "not_installed" else f" of {r['history']:,} tokens"
+                    at += f", {r['batch']} sequences" * (suite == "batch" and at != "")
+                    said[f"- {LABELS[r['peer']]}, {suite}{at}: {words}"] = None
     lines = ["Not measured:", "", *said, ""] if said else []
     return [*lines, f"Measured on {'; '.join(sorted(runs))}.", ""]

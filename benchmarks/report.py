@@ -17,6 +17,7 @@ from typing import Any
 import figures
 import peers_report
 from rows import rows
+from sizes import config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -38,7 +39,7 @@ def cpu_speed() -> str:
         for p, d in ways
     ]
     head = ["tokens of history", "engine, float32", "over its limit", "bfloat16"]
-    head += ["over its limit", "PyTorch static cache, float32", "engine is faster"]
+    head += ["over its limit", "TLinFormer in PyTorch, float32", "engine is faster"]
     lines = []
     for history in sorted(set.intersection(*map(set, found))):
         f32, b16, torch = (by[history] for by in found)
@@ -60,7 +61,13 @@ def cpu_prefill() -> str:
         + [x for r in (ours[n], torch[n]) for x in (f"{r['ms'] / 1e3:.2f} s", f"{r['share']:.0%}")]
         for n in sorted(set(ours) & set(torch))
     ]
-    head = ["prompt tokens", "engine, float32", "of the sgemm rate", "PyTorch", "of the sgemm rate"]
+    head = [
+        "prompt tokens",
+        "engine, float32",
+        "of the sgemm rate",
+        "TLinFormer in PyTorch",
+        "of the sgemm rate",
+    ]
     return table(head, *lines, words=0)
 
 
@@ -90,15 +97,20 @@ LONG = 2**21  # tokens from which on a history has a table of its own
 
 
 def cuda_hit() -> str:
-    """A greedy token on the GPU beside the time its bytes take."""
+    """A greedy token on the GPU beside the time its bytes take, and with its share of slides."""
     found = [r for r in rows("decode", "cuda", peer="engine", batch=1) if "ms" in r]
     found = [r for r in found if r["history"] < LONG]
-    head = ["model", "tokens of history", "a token", "its bytes at full bandwidth"]
-    lines = [
-        [r["size"].upper(), f"{r['history']:,}", f"{r['ms']:.3f} ms", f"{r['limit_ms']:.3f} ms"]
-        for r in sorted(found, key=by_size)
-    ]
-    return table(head, *lines) + version(r["run"] for r in found)
+    head = ["model", "tokens of history", "a token", "its bytes, at the rate of torch's sum"]
+    lines = []
+    for r in sorted(found, key=by_size):
+        cells = [
+            r["size"].upper(),
+            f"{r['history']:,}",
+            *(f"{r[k]:.3f} ms" for k in ("ms", "limit_ms")),
+        ]
+        average, _ = with_slides(r)
+        lines.append([*cells, f"{average:.3f} ms" if average else ""])
+    return table([*head, "with its share of slides"], *lines) + version(r["run"] for r in found)
 
 
 def state() -> str:
@@ -136,23 +148,41 @@ def size_of(count: float) -> str:
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
+def with_slides(row: dict[str, Any]) -> tuple[float | None, list[dict[str, Any]]]:
+    """A token of the suite decode on average, and the runs that say so; None if no slide does."""
+    if row["peer"] not in figures.SLIDE or not row["history"]:
+        return row["ms"], [row["run"]]
+    where = {k: row[k] for k in ("peer", "size", "history", "batch", "dtype")}
+    for slide in rows("prefill", "cuda", **where):
+        if "slide_ms" in slide:
+            window = config_of(row["size"]).generation_window
+            return row["ms"] + slide["slide_ms"] / window, [row["run"], slide["run"]]
+    return None, []
+
+
 def glance() -> str:
     """The engine and others at a glance, where each metric was last measured of the Transformer."""
     peers = ("engine", "transformer", "gla", "sliding-window", "naive-concatenate")
     lines, runs = [["", *(peers_report.LABELS[p] for p in peers)]], []
     for size, suite, field, words in (
-        ("41m", "decode", "ms", "a token after {:,}"),
-        ("41m", "prefill", "ms", "reading a prompt of {:,}"),
-        ("41m", "cache", "bytes", "memory of {:,}"),
-        ("7b", "decode", "ms", "7B parameters: a token after {:,}"),
+        ("41m", "decode", "ms", "a token after {:,} tokens, slides included"),
+        ("41m", "prefill", "ms", "reading a prompt of {:,} tokens"),
+        ("41m", "cache", "bytes", "memory of {:,} tokens"),
+        ("7b", "decode", "ms", "7B parameters: a token after {:,} tokens, slides included"),
     ):
         found = [r for r in rows(suite, "cuda", size=size, batch=1) if field in r]
         at = max(r["history"] for r in found if r["peer"] == "transformer" and r["history"] < LONG)
         own = {r["peer"]: r for r in found if r["history"] == at}
-        show = size_of if field == "bytes" else "{:.3g} ms".format
-        cells = [show(own[p][field]) if p in own else "" for p in peers]
-        lines.append([words.format(at) + " tokens", *cells])
-        runs += [own[p]["run"] for p in peers if p in own]
+        cells = []
+        for row in map(own.get, peers):
+            value, of = (row[field], [row["run"]]) if row else (None, [])
+            if row and suite == "decode":
+                value, of = with_slides(row)
+            cells.append(
+                "" if value is None else size_of(value) if field == "bytes" else f"{value:.3g} ms"
+            )
+            runs += of
+        lines.append([words.format(at), *cells])
     return table(*lines) + version(runs)
 
 

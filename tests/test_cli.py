@@ -95,7 +95,7 @@ def test_prompts_from_files_and_standard_input(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     from_file, summary = generate("--prompt-file", tmp_path / "p.txt", *options)
     assert from_file == generate(text, *options)[0] == generate("--prompt-file", "-", *options)[0]
-    assert re.search(r"slides; sliding took \d+\.\d\d s of the generation", summary)
+    assert re.search(r"slides, \d+\.\d\d s in all", summary)
 
 
 def test_a_terminal_sees_the_prompts_end_and_the_slides(

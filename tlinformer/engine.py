@@ -217,8 +217,8 @@ class Engine:
             integers = torch.can_cast(row.dtype, torch.int64) and row.dtype != torch.bool
             if row.ndim != 1 or (row.numel() and not integers):
                 raise ValueError(
-                    f"{call} takes integer token ids, 1-D for each sequence; got {row.dtype} of "
-                    f"shape {tuple(row.shape)}"
+                    f"{call} takes integer token ids, 1-D for each sequence, as [[1, 2, 3]] for "
+                    f"one; got {row.dtype} of shape {tuple(row.shape)}"
                 )
         return [
             row.to(

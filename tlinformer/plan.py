@@ -182,8 +182,9 @@ def fit_device(
     if needed > available:
         least = f"enough for max_context = {longest}" if longest else "too few for any context"
         refusal = (
-            f"max_context = {max_context} with batch_size = {batch_size} needs {needed} bytes, "
-            f"weights included; {available} are available, {least}"
+            f"max_context = {max_context} with batch_size = {batch_size} needs "
+            f"{needed / 2**30:,.2f} GiB, weights included; {available / 2**30:,.2f} GiB are "
+            f"available, {least}"
         )
     return Fit(plan, needed, available, longest, refusal)
 

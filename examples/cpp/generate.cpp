@@ -156,6 +156,7 @@ void run(const Options& o) {
   engine.prefill({prompt});
   const double prefill = now() - began;
 
+  const EngineStats before = engine.stats();
   TextStream stream;
   double generated = 0, sliding = 0, slid = began = now();
   engine.generate(
@@ -188,10 +189,11 @@ void run(const Options& o) {
   if (sliding > 0) {
     std::fprintf(stderr, " (%s between slides)", grouped(generated / (decode - sliding)).c_str());
   }
-  std::fprintf(stderr, "\n  cache      %s hits, %s slides",
-               grouped(static_cast<double>(stats.hits)).c_str(),
-               grouped(static_cast<double>(stats.slides)).c_str());
-  if (sliding > 0) std::fprintf(stderr, "; sliding took %.2f s of the generation", sliding);
+  const auto slides = static_cast<double>(stats.slides - before.slides);
+  std::fprintf(stderr, "\n  cache      %s hits, %s slide%s",
+               grouped(static_cast<double>(stats.hits - before.hits)).c_str(),
+               grouped(slides).c_str(), slides == 1 ? "" : "s");
+  if (sliding > 0) std::fprintf(stderr, ", %.2f s in all", sliding);
   std::fprintf(stderr, "\n  memory     %s of keys and values; a Transformer's: %s (%.1fx)\n",
                text_of_bytes(cache).c_str(), text_of_bytes(standard).c_str(), standard / cache);
 }

@@ -66,7 +66,7 @@ def generate_command(
     repetition_penalty: Annotated[
         float, _sampling("R", "Above 1, tokens already there become less likely.")
     ] = 1.0,
-    seed: Annotated[int, _sampling("N", "Same seed, same text.")] = 0,
+    seed: Annotated[int, _sampling("N", "Same seed, same text, on processors of a kind.")] = 0,
     device: DeviceName = "auto",
     dtype: Annotated[
         str,
@@ -138,6 +138,7 @@ def generate_command(
         about = f"{model.resolve().name}: {size:,.1f}M parameters, {kind}, {place}"
         console.print(about, style="dim", markup=False)
     prefill_seconds = _read(engine, ids, load_state, console)
+    before = engine.stats
     if save_state:
         with file_errors():
             engine.save_state(save_state)
@@ -153,7 +154,7 @@ def generate_command(
     finally:
         stream.close()
     seconds = prefill_seconds, time.perf_counter() - began
-    summary = _summary(engine, saved, ids.numel(), length, stream, *seconds)
+    summary = _summary(engine, before, saved, ids.numel(), length, stream, *seconds)
     if as_json:
         print(json.dumps({"text": stream.text, **summary}))
     else:
@@ -246,6 +247,7 @@ def _read(engine: Any, ids: Any, state: Path | None, console: Console) -> float:
 
 def _summary(
     engine: Any,
+    before: Any,
     saved: int,
     prompt: int,
     length: int,
@@ -265,8 +267,8 @@ def _summary(
         "decode_seconds": decode,
         "decode_tokens_per_second": new / decode,
         "slide_seconds": stream.slide_seconds,
-        "hits": stats.hits,
-        "slides": stats.slides,
+        "hits": stats.hits - before.hits,  # of the generated tokens
+        "slides": stats.slides - before.slides,
         "cache_bytes": stats.cache_bytes,
         "standard_transformer_cache_bytes": row * length,
     }
@@ -277,7 +279,7 @@ def _print_summary(s: dict[str, Any], console: Console) -> None:
     if s["slide_seconds"]:
         speed = s["new_tokens"] / max(s["decode_seconds"] - s["slide_seconds"], 1e-9)
         between = f" ({format_rate(speed)} between slides)"
-        sliding = f"; sliding took {s['slide_seconds']:.2f} s of the generation"
+        sliding = f", {s['slide_seconds']:.2f} s in all"
     ratio = s["standard_transformer_cache_bytes"] / s["cache_bytes"]
     read, rate = f"{s['prompt_tokens']:,}", ""
     if s["loaded_tokens"]:  # the time is mostly the file's: no rate
