@@ -98,8 +98,10 @@ def over(first: Lines, second: Lines) -> Lines:
     return {x: first[x] / second[x] for x in first if x in second}
 
 
-def amortised(hit: Lines, slide: Lines, window: int) -> Lines:
+def average(peer: str, hit: Lines, slide: Lines, window: int) -> Lines:
     """A token and its share of the slide that comes once in a window; no history, no slide."""
+    if peer not in SLIDE:
+        return hit
     return {x: hit[x] + slide.get(x, 0) / window for x in hit if x in slide or not x}
 
 
@@ -126,8 +128,12 @@ def paper_figure(size: str, device: str, path: Path, folder: Path = RESULTS) -> 
     times = {p: over(hit[p], hit[ENGINE]) for p in peers if p != ENGINE}
     draw(e, times, "e  A hit, in hits of the engine", "time / engine's time", points=2)
     e.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    whole = {p: amortised(hit[p], miss[p], window) if p in SLIDE else hit[p] for p in peers}
-    draw(f, whole, "f  A token on average, misses included", "ms")
+    draw(
+        f,
+        {p: average(p, hit[p], miss[p], window) for p in peers},
+        "f  A token on average, misses included",
+        "ms",
+    )
     finish(figure, all_axes.flat, f"{title_of(size, device, folder)}, batch 1", path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import figures
 import peers_report
-from rows import rows
+from rows import line, rows
 from sizes import config_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,16 +101,13 @@ def cuda_hit() -> str:
     found = [r for r in rows("decode", "cuda", peer="engine", batch=1) if "ms" in r]
     found = [r for r in found if r["history"] < LONG]
     head = ["model", "tokens of history", "a token", "its bytes, at the rate of torch's sum"]
-    lines = []
+    lines, runs = [], [r["run"] for r in found]
     for r in sorted(found, key=by_size):
-        cells = [
-            r["size"].upper(),
-            f"{r['history']:,}",
-            *(f"{r[k]:.3f} ms" for k in ("ms", "limit_ms")),
-        ]
-        average, _ = with_slides(r)
-        lines.append([*cells, f"{average:.3f} ms" if average else ""])
-    return table([*head, "with its share of slides"], *lines) + version(r["run"] for r in found)
+        whole, of = with_slides(r["size"], "engine").get(r["history"], (None, []))
+        times = (f"{ms:.3f} ms" if ms else "" for ms in (r["ms"], r["limit_ms"], whole))
+        lines.append([r["size"].upper(), f"{r['history']:,}", *times])
+        runs += of
+    return table([*head, "with its share of slides"], *lines) + version(runs)
 
 
 def state() -> str:
@@ -148,16 +145,13 @@ def size_of(count: float) -> str:
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
-def with_slides(row: dict[str, Any]) -> tuple[float | None, list[dict[str, Any]]]:
-    """A token of the suite decode on average, and the runs that say so; None if no slide does."""
-    if row["peer"] not in figures.SLIDE or not row["history"]:
-        return row["ms"], [row["run"]]
-    where = {k: row[k] for k in ("peer", "size", "history", "batch", "dtype")}
-    for slide in rows("prefill", "cuda", **where):
-        if "slide_ms" in slide:
-            window = config_of(row["size"]).generation_window
-            return row["ms"] + slide["slide_ms"] / window, [row["run"], slide["run"]]
-    return None, []
+def with_slides(size: str, peer: str) -> dict[int, tuple[float, list[dict[str, Any]]]]:
+    """By history, where its slide is known: a token on average, and the runs that timed slides."""
+    found = [r for r in rows("prefill", "cuda", size=size, peer=peer, batch=1) if "slide_ms" in r]
+    hit = line("decode", "cuda", peer, "ms", size=size, batch=1)
+    slide = {r["history"]: r["slide_ms"] for r in found}
+    times = figures.average(peer, hit, slide, config_of(size).generation_window)
+    return {n: (ms, [r["run"] for r in found if r["history"] == n]) for n, ms in times.items()}
 
 
 def glance() -> str:
@@ -174,14 +168,15 @@ def glance() -> str:
         at = max(r["history"] for r in found if r["peer"] == "transformer" and r["history"] < LONG)
         own = {r["peer"]: r for r in found if r["history"] == at}
         cells = []
-        for row in map(own.get, peers):
-            value, of = (row[field], [row["run"]]) if row else (None, [])
-            if row and suite == "decode":
-                value, of = with_slides(row)
+        for peer in peers:
+            value = own[peer][field] if peer in own else None
+            if value and suite == "decode":
+                value, of = with_slides(size, peer).get(at, (None, []))
+                runs += of
             cells.append(
                 "" if value is None else size_of(value) if field == "bytes" else f"{value:.3g} ms"
             )
-            runs += of
+        runs += [own[p]["run"] for p in peers if p in own]
         lines.append([words.format(at), *cells])
     return table(*lines) + version(runs)
 

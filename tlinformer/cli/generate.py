@@ -281,11 +281,11 @@ def _print_summary(s: dict[str, Any], console: Console) -> None:
         between = f" ({format_rate(speed)} between slides)"
         sliding = f", {s['slide_seconds']:.2f} s in all"
     ratio = s["standard_transformer_cache_bytes"] / s["cache_bytes"]
-    read, rate = f"{s['prompt_tokens']:,}", ""
+    read = f"{s['prompt_tokens']:,}"
+    rate = f", {format_rate(s['prefill_tokens_per_second'])} tokens/s"
     if s["loaded_tokens"]:  # the time is mostly the file's: no rate
         read = f"{s['loaded_tokens']:,} saved" + (f" and {read}" if s["prompt_tokens"] else "")
-    else:
-        rate = f", {format_rate(s['prefill_tokens_per_second'])} tokens/s"
+        rate = ""
     lines = {
         "prompt": f"{read} tokens in {s['prefill_seconds']:.2f} s{rate}",
         "generated": f"{s['new_tokens']:,} tokens in {s['decode_seconds']:.2f} s, "
